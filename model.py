@@ -1,0 +1,555 @@
+"""Logits and caches: the double-head model, loading and saving it, sampling, generation, a conversation.
+
+Shapes: B rows, T tokens, N candidates, L labelled tokens, D hidden size, V vocabulary. Inference sees ids only.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
+
+from utils import (
+    Batch,
+    DialogTokenizer,
+    Instance,
+    ModelFiles,
+    SpecialIds,
+    UserError,
+    build_prefix,
+    collate,
+    first_line,
+    fit,
+    load_config,
+    log,
+)
+
+transformers.logging.set_verbosity_error()  # its load reports and advice are ours to give
+transformers.logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# openai-gpt with what the other models of transformers have: a cache, a 4D mask, scaled_dot_product_attention
+# ------------------------------------------------------------------------------------------------------------
+
+
+class OpenAIGPTBody(OpenAIGPTModel):
+    """transformers' OpenAI GPT, same parameters, with a forward like GPT-2's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.h:
+            if config.afn == "gelu":  # the same function in one kernel
+                block.mlp.act = nn.GELU(approximate="tanh")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """attention_mask: None (causal) or a float mask (B, 1, T, T with the cache) that is added to the scores."""
+        if inputs_embeds is None:
+            inputs_embeds = self.tokens_embed(input_ids)
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        x = self.drop(inputs_embeds + self.positions_embed(position_ids))
+        for layer, block in enumerate(self.h):
+            attended = self._attend(block.attn, x, attention_mask, past_key_values if use_cache else None, layer)
+            x = block.ln_1(x + attended)
+            x = block.ln_2(x + block.mlp(x))
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+
+    def _attend(self, attn, x: Tensor, mask: Tensor | None, cache: DynamicCache | None, layer: int) -> Tensor:
+        q, k, v = (part.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
+        if cache is not None:
+            k, v = cache.update(k, v, layer)
+        dropout = attn.attn_dropout.p if self.training else 0.0
+        # Without a mask: causal, which a single new token (the last of all) is of itself.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and q.shape[2] > 1)
+        return attn.resid_dropout(attn.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+class OpenAIGPTWithCache(OpenAIGPTLMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = OpenAIGPTBody(config)
+        self.post_init()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two heads
+# ------------------------------------------------------------------------------------------------------------
+
+
+class MultipleChoiceHead(nn.Module):
+    """A score from the hidden state at a reply's last token. Parameters are named as in transformers' models."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(getattr(config, "summary_first_dropout", 0.1))
+        self.summary = nn.Linear(config.get_text_config().hidden_size, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (...)"""
+        return self.summary(self.dropout(hidden)).squeeze(-1)
+
+
+def with_choice_head(causal_lm: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A causal LM class of transformers with a multiple-choice head, so that both load and save as one."""
+    if causal_lm is OpenAIGPTLMHeadModel:
+        causal_lm = OpenAIGPTWithCache
+
+    class WithChoiceHead(causal_lm):
+        def __init__(self, config):
+            super().__init__(config)
+            self.multiple_choice_head = MultipleChoiceHead(config)
+            self.post_init()
+
+    # The name is written into config.json, and plain transformers must know it.
+    WithChoiceHead.__name__ = OpenAIGPTLMHeadModel.__name__ if causal_lm is OpenAIGPTWithCache else causal_lm.__name__
+    return WithChoiceHead
+
+
+@dataclass
+class Output:
+    lm_nll: Tensor  # (L,) negative log-likelihood of every labelled token, float32
+    mc_logits: Tensor  # (B, N) a score for every candidate, float32; -inf where a row has fewer than N
+
+
+class DialogModel(nn.Module):
+    """A causal LM with a multiple-choice head, run over packed rows.
+
+    The candidates of an utterance share their prefix: a row is [prefix | candidate 1 | ... | candidate N], positions
+    restart after the prefix, and a mask hides the candidates from each other. Attention is causal, so the hidden
+    states are those of N separate rows. `packed` says whether this architecture is exact that way (it is tried
+    out); where it is not, rows are unpacked into N padded ones, and generation does without a cache.
+    """
+
+    def __init__(self, lm: PreTrainedModel, ids: SpecialIds):
+        super().__init__()
+        self.lm, self.ids = lm, ids
+        self.packed = True
+        self.limit = context_length(lm.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def forward(self, batch: Batch) -> Output:
+        hidden = self.hidden(batch)  # (B, T, D)
+        labelled = hidden.flatten(0, 1)[batch.lm_positions]  # the LM head only where a label is
+        lm_nll = F.cross_entropy(self.lm_logits(labelled).float(), batch.lm_labels, reduction="none")
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        mc_logits = self.lm.multiple_choice_head(hidden[rows, batch.ends]).float()  # (B, N)
+        absent = torch.arange(mc_logits.shape[1], device=hidden.device) >= batch.n_candidates[:, None]
+        return Output(lm_nll, mc_logits.masked_fill(absent, float("-inf")))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states (B, T, D) of packed rows."""
+        return self._hidden_packed(batch) if self.packed else self._hidden_padded(batch)
+
+    def _hidden_packed(self, batch: Batch) -> Tensor:
+        embeds = self.embed(batch.input_ids, batch.token_types)
+        mask = packed_mask(batch.segments, embeds.dtype)
+        return self.body(inputs_embeds=embeds, position_ids=batch.positions, attention_mask=mask, use_cache=False)[0]
+
+    def _hidden_padded(self, batch: Batch) -> Tensor:
+        """Every candidate behind its own copy of the prefix, in a row of its own, padded on the right.
+
+        No mask is needed: in a causal model no token sees the padding behind it.
+        """
+        candidates = torch.arange(1, batch.ends.shape[1] + 1, device=batch.segments.device)[:, None]
+        segments = batch.segments[:, None]  # (B, 1, T)
+        keep = (segments == 0) | (segments == candidates)  # (B, N, T)
+        order = (~keep).long().argsort(dim=-1, stable=True)[..., : int(keep.sum(-1).max())]  # (B, N, T')
+        rows = order.flatten(0, 1)
+
+        def unpack(tensor: Tensor) -> Tensor:  # (B, T) -> (B * N, T')
+            return tensor.repeat_interleave(len(candidates), dim=0).gather(1, rows)
+
+        embeds = self.embed(unpack(batch.input_ids), unpack(batch.token_types))
+        hidden = self.body(inputs_embeds=embeds, use_cache=False)[0].unflatten(0, order.shape[:2])  # (B, N, T', D)
+        packed = hidden.new_zeros(*batch.segments.shape, hidden.shape[-1])
+        kept = keep.gather(2, order)
+        batch_index = torch.arange(len(packed), device=packed.device)[:, None, None].expand_as(order)
+        return packed.index_put((batch_index[kept], order[kept]), hidden[kept])
+
+    def embed(self, tokens: Tensor, types: Tensor) -> Tensor:
+        """Token embedding plus the embedding of the token's speaker (B, T) -> (B, T, D); the body adds positions."""
+        embedding = self.lm.get_input_embeddings()
+        return embedding(tokens) + embedding(types)
+
+    @property
+    def body(self) -> PreTrainedModel:
+        """The transformer without its heads."""
+        return self.lm.base_model
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V), with the scaling and soft-capping that some models put behind their head."""
+        config = self.lm.config.get_text_config()
+        logits = self.lm.get_output_embeddings()(hidden)
+        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, generation_config.json and model.safetensors; plain transformers can load them.
+
+        Each file appears whole under its name or not at all.
+        """
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as partial:
+            self.lm.save_pretrained(partial)
+            for file in os.listdir(partial):
+                os.replace(Path(partial, file), folder / file)
+
+
+def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of packed rows (B, 1, T, T), to be added to attention scores.
+
+    A token sees what stands before it in the prefix and in its own candidate. Padding sees the prefix, so that no
+    row of the softmax is empty.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
+    visible = ((key == 0) | (key == query)) & causal
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def gold_ranks(output: Output, batch: Batch) -> Tensor:
+    """How many other candidates score at least as much as the gold reply (B,): 0 is a hit, ties are none."""
+    gold = output.mc_logits.gather(1, batch.n_candidates[:, None] - 1)
+    return (output.mc_logits >= gold).sum(1) - 1
+
+
+def context_length(config) -> int:
+    """Tokens a model takes at once: its positions, and its sliding window where it has one."""
+    text = config.get_text_config()
+    names = (
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+        "sliding_window",
+        "attention_window",
+    )
+    sizes = [size for size in (getattr(text, name, None) for name in names) if isinstance(size, int) and size > 0]
+    return min(sizes, default=1024)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    files: ModelFiles, tokenizer: DialogTokenizer, device: torch.device, from_scratch: bool = False
+) -> DialogModel:
+    """The model in a folder, .gguf or unpacked archive, in float32, with rows for the tokenizer's special tokens.
+
+    Args:
+        from_scratch: a folder without weights gives a freshly initialised model; else that is an error.
+    Raises:
+        UserError: the weights are missing, damaged or of another architecture.
+    """
+    if files.gguf:
+        lm = load_gguf(files)
+    elif files.has_weights:
+        lm = load_weights(files)
+    elif from_scratch:
+        config = load_config(files)
+        config.vocab_size = len(tokenizer)
+        lm = causal_lm_class(config)(config)
+    else:
+        raise UserError(f"{files.folder} holds no weights; train it first: python train.py --model {files.folder}")
+    if lm.get_input_embeddings().num_embeddings != len(tokenizer):
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.ids
+    for config in (lm.config, lm.config.get_text_config()):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = ids.bos, ids.eos, ids.pad
+    lm.generation_config = GenerationConfig(bos_token_id=ids.bos, eos_token_id=ids.eos, pad_token_id=ids.pad)
+    model = DialogModel(lm.float(), ids).eval()
+    probe(model)
+    return model.to(device)
+
+
+def causal_lm_class(config) -> type[PreTrainedModel]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"a {config.model_type} model is not a causal language model; expected one, such as gpt2")
+    return with_choice_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def load_weights(files: ModelFiles) -> PreTrainedModel:
+    """A model from safetensors or a .bin file; a base model's multiple-choice head is freshly initialised."""
+    config = load_config(files)
+    try:
+        lm, report = causal_lm_class(config).from_pretrained(
+            files.folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
+        raise UserError(f"cannot load the weights in {files.folder}: {first_line(error)}") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("multiple_choice_head."))
+    if missing:
+        raise UserError(f"the weights in {files.folder} lack {len(missing)} tensors, such as {missing[0]}")
+    # Checkpoints of old versions carry their causal mask as a buffer.
+    surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
+    if surplus:
+        log.warning(f"warning: {files.folder} holds tensors this model has no place for, such as {sorted(surplus)[0]}")
+    return lm
+
+
+def load_gguf(files: ModelFiles) -> PreTrainedModel:
+    """A plain float model from a .gguf file; transformers would take the loaded one for quantised for ever."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(files.folder, gguf_file=files.gguf, dtype=torch.float32)
+    except Exception as error:  # as above
+        raise UserError(f"cannot load {files.folder / files.gguf}: {first_line(error)}") from error
+    config = loaded.config
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    lm = causal_lm_class(config)(config)
+    missing, _ = lm.load_state_dict(loaded.state_dict(), strict=False)
+    lost = [name for name in missing if not name.startswith("multiple_choice_head.")]
+    if lost:
+        raise UserError(f"{files.folder / files.gguf} lacks {len(lost)} tensors, such as {lost[0]}")
+    return lm
+
+
+@torch.no_grad()
+def probe(model: DialogModel) -> None:
+    """Try a tiny batch both ways: packed against padded, cached against whole, our logits against the model's own.
+
+    Sets `model.packed`; raises `UserError` where logits cannot be had from hidden states at labels only.
+    """
+    tokens = [token for token in range(len(model.ids.all) + 30) if token not in model.ids.all]
+    speakers = [model.ids.speaker1] * 3 + [model.ids.speaker2] * 3
+    instances = [
+        Instance(tokens[:6], speakers, [tokens[6:9], tokens[9:14]]),
+        Instance(tokens[8:12], speakers[:4], [tokens[1:3], tokens[4:6], tokens[2:7]]),
+    ]
+    batch = collate(instances, model.ids)
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+    padded, real = model._hidden_padded(batch), batch.segments >= 0
+    try:
+        model.packed = same(model._hidden_packed(batch)[real], padded[real])
+        rows = Continuation(model, [(instance.prefix[:4], instance.token_types[:4]) for instance in instances[:1]])
+        rows.start()
+        stepped = [rows.extend(tokens[i : i + 1], speakers[i]) for i in (4, 5)]
+        model.packed = model.packed and same(torch.cat(stepped), padded[0, 4:6])
+        reason = "hidden states differ"
+    except Exception as error:  # an architecture may refuse a 4D mask, positions or a cache in its own way
+        model.packed, reason = False, first_line(error)
+    kind = model.lm.config.model_type
+    if not model.packed:
+        log.info(f"{kind}: packed rows are not exact for it ({reason}); using padded rows, which are slower")
+    ids = batch.input_ids[:1, :6]
+    hidden, logits = model.body(input_ids=ids, use_cache=False)[0], model.lm(input_ids=ids, use_cache=False).logits
+    if not same(model.lm_logits(hidden), logits):
+        raise UserError(
+            f"{kind} changes its logits behind the LM head in a way this toolkit does not know; use another model"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Generation
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Decoding:
+    """How a reply is drawn: the options of `utils.add_decoding_options`."""
+
+    no_sample: bool = False
+    max_length: int = 20
+    min_length: int = 1
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.9
+
+    @classmethod
+    def from_args(cls, args) -> "Decoding":
+        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
+
+
+def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
+    """Temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, section 3.1). (B, V) -> (B, V)
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p; it is never empty.
+    """
+    logits = logits / decoding.temperature
+    if decoding.top_k > 0:
+        least = logits.topk(min(decoding.top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if 0 < decoding.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
+        probabilities = torch.zeros_like(ordered).scatter_(-1, order, ordered.masked_fill(before >= decoding.top_p, 0))
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """One token for each row (B, V) -> (B,), each by its own (CPU) generator: rows do not depend on their batch."""
+    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probabilities)
+    heights = probabilities.cumsum(-1)
+    tokens = torch.searchsorted(heights, uniform[:, None] * heights[:, -1:], right=True)[:, 0]
+    # Rounding may carry the last height past itself; the likeliest token stands in.
+    return torch.where(tokens < probabilities.shape[-1], tokens, probabilities.argmax(-1))
+
+
+class Continuation:
+    """Prefixes, padded on the right, and the tokens that are added to them one column at a time.
+
+    With a cache only new tokens are computed. Where the architecture does not allow that (`model.packed` is False),
+    every row is computed anew each time.
+    """
+
+    def __init__(self, model: DialogModel, prefixes: list[tuple[list[int], list[int]]]):
+        self.model = model
+        sizes = [len(tokens) for tokens, _ in prefixes]
+        self.lengths = torch.tensor(sizes, device=model.device)
+        self.width, self.ragged = max(sizes), min(sizes) < max(sizes)
+        padded = [
+            [row + [model.ids.pad] * (self.width - len(row)) for row in column]
+            for column in zip(*prefixes, strict=True)
+        ]
+        self.tokens, self.types = torch.tensor(padded, device=model.device)  # (B, T) each
+        self.cache = DynamicCache() if model.packed else None
+
+    def start(self) -> Tensor:
+        """The hidden state of every prefix's last token (B, D)."""
+        return self._last(self.model.body(inputs_embeds=self._embeds(), **self._cache_options())[0])
+
+    def extend(self, tokens: list[int], speaker: int) -> Tensor:
+        """Add one token to every row; their hidden states (B, D)."""
+        new = torch.tensor(tokens, device=self.model.device)[:, None]
+        if self.cache is None:
+            column = new.new_full(new.shape, self.model.ids.pad)
+            self.tokens = torch.cat([self.tokens, column], dim=1).scatter_(1, self.lengths[:, None], new)
+            self.types = torch.cat([self.types, torch.full_like(new, speaker)], dim=1)
+            self.types.scatter_(1, self.lengths[:, None], speaker)
+            self.lengths = self.lengths + 1
+            return self.start()
+        embeds = self.model.embed(new, torch.full_like(new, speaker))
+        added = self.cache.get_seq_length() - self.width
+        hidden = self.model.body(
+            inputs_embeds=embeds,
+            position_ids=self.lengths[:, None] + added,
+            attention_mask=self._mask(embeds.dtype, self.width + added + 1) if self.ragged else None,
+            **self._cache_options(),
+        )[0]
+        return hidden[:, 0]
+
+    def _embeds(self) -> Tensor:
+        return self.model.embed(self.tokens, self.types)
+
+    def _cache_options(self) -> dict:
+        return {"use_cache": False} if self.cache is None else {"use_cache": True, "past_key_values": self.cache}
+
+    def _last(self, hidden: Tensor) -> Tensor:
+        return hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1]
+
+    def _mask(self, dtype: torch.dtype, columns: int) -> Tensor:
+        """(B, 1, 1, columns): the new token sees its row's own prefix and what was added, not the padding between."""
+        column = torch.arange(columns, device=self.lengths.device)
+        hidden = (column >= self.lengths[:, None]) & (column < self.width)
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+
+
+@torch.inference_mode()
+def generate(
+    model: DialogModel,
+    prefixes: list[tuple[list[int], list[int]]],
+    decoding: Decoding,
+    generators: list[torch.Generator],
+) -> Iterator[list[int | None]]:
+    """Continue prefixes (tokens and token types, as `utils.build_prefix` makes them) as one batch.
+
+    Yields, for each new column, a token for every row; None for a row that has ended. A reply ends before its
+    first special token, or after `max_length` tokens. Special tokens are barred for the first `min_length`.
+    """
+    rows = Continuation(model, prefixes)
+    special = torch.tensor(sorted(model.ids.all), device=model.device)
+    ended = [False] * len(prefixes)
+    hidden = rows.start()
+    for count in range(decoding.max_length):
+        logits = model.lm_logits(hidden).float()
+        if count < decoding.min_length:
+            logits[:, special] = float("-inf")
+        if decoding.no_sample:
+            tokens = logits.argmax(-1).tolist()
+        else:
+            tokens = draw(filtered_probabilities(logits, decoding), generators).tolist()
+        ended = [done or token in model.ids.all for done, token in zip(ended, tokens, strict=True)]
+        if all(ended):
+            return
+        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
+        if count + 1 < decoding.max_length:
+            hidden = rows.extend(tokens, model.ids.speaker1)
+
+
+def generate_replies(*args) -> list[list[int]]:
+    """The whole replies of `generate`, one list of tokens for each prefix."""
+    columns = list(generate(*args))
+    return [[token for token in row if token is not None] for row in zip(*columns, strict=True)] or [
+        [] for _ in args[1]
+    ]
+
+
+class Conversation:
+    """A persona and what was said; what a terminal and a browser share.
+
+    Args:
+        persona: sentences, as text.
+        max_history: exchanges that the model is shown.
+        seed: of the replies.
+    """
+
+    def __init__(
+        self,
+        model: DialogModel,
+        tokenizer: DialogTokenizer,
+        persona: list[str],
+        decoding: Decoding,
+        max_history: int,
+        seed: int,
+    ):
+        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.persona = persona
+        self.persona_ids = tokenizer.encode(persona)
+        self.n_history = 2 * max_history + 1
+        self.history: list[list[int]] = []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def reply(self, text: str) -> str:
+        """Say `text`; the bot's reply."""
+        history = [*self.history, *self.tokenizer.encode([text])]
+        longest = min(self.decoding.max_length, self.model.limit // 2)  # leave room for what it replies to
+        persona, kept, longest = fit(self.persona_ids, history[-self.n_history :], longest, self.model.limit)
+        prefix = build_prefix(persona, kept, self.model.ids)
+        decoding = replace(self.decoding, max_length=longest)
+        reply = generate_replies(self.model, [prefix], decoding, [self.generator])[0]
+        self.history = [*history, reply]
+        return self.tokenizer.decode(reply)
