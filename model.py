@@ -266,9 +266,7 @@ def load_model(
     Raises:
         UserError: the weights are missing, damaged or of another architecture.
     """
-    if files.gguf:
-        lm = load_gguf(files)
-    elif files.has_weights:
+    if files.has_weights:
         lm = load_weights(files)
     elif from_scratch:
         config = load_config(files)
@@ -294,43 +292,35 @@ def causal_lm_class(config) -> type[PreTrainedModel]:
 
 
 def load_weights(files: ModelFiles) -> PreTrainedModel:
-    """A model from safetensors or a .bin file; a base model's multiple-choice head is freshly initialised."""
-    config = load_config(files)
+    """A model from safetensors, .bin or .gguf; a base model's multiple-choice head is freshly initialised."""
+    path = files.folder / (files.gguf or "")
     try:
+        if files.gguf:  # what transformers loads counts as quantised for ever: build a plain model from its tensors
+            from transformers import AutoModelForCausalLM
+
+            quantised = AutoModelForCausalLM.from_pretrained(files.folder, gguf_file=files.gguf, dtype=torch.float32)
+            config, source = quantised.config, {"state_dict": quantised.state_dict()}
+            for name in ("quantization_config", "_pre_quantization_dtype"):
+                config.__dict__.pop(name, None)
+        else:
+            config, source = load_config(files), {"pretrained_model_name_or_path": files.folder}
         lm, report = causal_lm_class(config).from_pretrained(
-            files.folder, config=config, dtype=torch.float32, output_loading_info=True
+            **{"pretrained_model_name_or_path": None} | source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
-        raise UserError(f"cannot load the weights in {files.folder}: {first_line(error)}") from error
+        raise UserError(f"cannot load the weights in {path}: {first_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("multiple_choice_head."))
     if missing:
-        raise UserError(f"the weights in {files.folder} lack {len(missing)} tensors, such as {missing[0]}")
+        raise UserError(f"the weights in {path} lack {len(missing)} tensors, such as {missing[0]}")
     # Checkpoints of old versions carry their causal mask as a buffer.
     surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
     if surplus:
-        log.warning(f"warning: {files.folder} holds tensors this model has no place for, such as {sorted(surplus)[0]}")
-    return lm
-
-
-def load_gguf(files: ModelFiles) -> PreTrainedModel:
-    """A plain float model from a .gguf file; transformers would take the loaded one for quantised for ever."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(files.folder, gguf_file=files.gguf, dtype=torch.float32)
-    except Exception as error:  # as above
-        raise UserError(f"cannot load {files.folder / files.gguf}: {first_line(error)}") from error
-    config = loaded.config
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, name):
-            delattr(config, name)
-    lm = causal_lm_class(config)(config)
-    missing, _ = lm.load_state_dict(loaded.state_dict(), strict=False)
-    lost = [name for name in missing if not name.startswith("multiple_choice_head.")]
-    if lost:
-        raise UserError(f"{files.folder / files.gguf} lacks {len(lost)} tensors, such as {lost[0]}")
+        log.warning(f"warning: {path} holds tensors this model has no place for, such as {sorted(surplus)[0]}")
     return lm
 
 
