@@ -151,7 +151,10 @@ class DialogModel(nn.Module):
         return self.lm.device
 
     def forward(self, batch: Batch) -> Output:
-        hidden = self.hidden(batch)  # (B, T, D)
+        return self.heads(self.hidden(batch), batch)
+
+    def heads(self, hidden: Tensor, batch: Batch) -> Output:
+        """Both heads on hidden states (B, T, D)."""
         labelled = hidden.flatten(0, 1)[batch.lm_positions]  # the LM head only where a label is
         lm_nll = F.cross_entropy(self.lm_logits(labelled).float(), batch.lm_labels, reduction="none")
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
@@ -173,7 +176,7 @@ class DialogModel(nn.Module):
 
         No mask is needed: in a causal model no token sees the padding behind it.
         """
-        candidates = torch.arange(1, batch.ends.shape[1] + 1, device=batch.segments.device)[:, None]
+        candidates = torch.arange(1, int(batch.segments.max()) + 1, device=batch.segments.device)[:, None]
         segments = batch.segments[:, None]  # (B, 1, T)
         keep = (segments == 0) | (segments == candidates)  # (B, N, T)
         order = (~keep).long().argsort(dim=-1, stable=True)[..., : int(keep.sum(-1).max())]  # (B, N, T')

@@ -22,6 +22,7 @@ from utils import (
     SpecialIds,
     UserError,
     add_model_options,
+    add_valid_path,
     batches_by_length,
     check_device,
     collate,
@@ -40,7 +41,7 @@ from utils import (
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model_options(parser)
-    parser.add_argument("--valid_path", default="", help="dataset to validate on, if not a part of --dataset_path")
+    add_valid_path(parser)
     parser.add_argument("--num_candidates", type=number(int, 1), default=2, help="candidates per training utterance")
     parser.add_argument("--train_batch_size", type=number(int, 1), default=4, help="utterances per forward pass")
     parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same for validation")

@@ -23,7 +23,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -123,6 +123,12 @@ def add_model_options(parser: argparse.ArgumentParser, note: str = "") -> None:
     parser.add_argument("--max_history", type=number(int, 0), default=2, help="exchanges of history to keep")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu or mps"
+    )
+
+
+def add_valid_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--valid_path", default="", help="path or URL of the validation data, if --dataset_path has none"
     )
 
 
@@ -613,6 +619,11 @@ class DialogTokenizer:
             texts = [spacy_words(text) for text in texts]
         return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def encode_inside(self, words: list[str]) -> list[list[int]]:
+        """The ids of words that stand behind another one: in byte-level vocabularies they carry their space."""
+        before = self.encode(["a"])[0]
+        return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
+
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens."""
         ids = [i for i in ids if i not in self.ids.all]
@@ -772,6 +783,25 @@ class Split:
 
     def text(self, string: int) -> str:
         return self.texts[self.text_offsets[string] : self.text_offsets[string + 1]].tobytes().decode()
+
+    def persona_texts(self, utterance: int) -> list[str]:
+        return [self.text(string) for string in self.strings("persona", self.dialogs[utterance])]
+
+    def history_texts(self, utterance: int) -> list[str]:
+        return [self.text(string) for string in self.strings("history", utterance)]
+
+    def candidate_texts(self, utterance: int) -> list[str]:
+        return [self.text(string) for string in self.strings("candidates", utterance)]
+
+    def gold_text(self, utterance: int) -> str:
+        return self.text(self.strings("candidates", utterance)[-1])
+
+    @property
+    def n_dialogs(self) -> int:
+        return len(self._lists["persona"][0]) - 1
+
+    def most_candidates(self) -> int:
+        return int(np.diff(self._lists["candidates"][0]).max())
 
 
 def load_dataset(
@@ -980,6 +1010,7 @@ class Instance:
     prefix: list[int]  # <bos> persona, each history utterance behind its speaker, the reply's <speaker1>
     token_types: list[int]  # of the prefix: every token's speaker
     candidates: list[list[int]]  # reply tokens and <eos>; the gold one is the last
+    extra: list[int] = field(default_factory=list)  # one more continuation, in no loss and no ranking
 
 
 def fit(
@@ -1035,6 +1066,7 @@ class Instances(torch.utils.data.Dataset):
         permutations: rotations of the persona's sentences; instance i is utterance `i % len(split)`, rotated by
             `i // len(split)` sentences.
         limit: tokens the model takes.
+        extras: by the string number of a gold reply, tokens that the instance gets as `extra`.
     """
 
     def __init__(
@@ -1045,15 +1077,25 @@ class Instances(torch.utils.data.Dataset):
         limit: int,
         num_candidates: int = 0,
         permutations: int = 1,
+        extras: dict[int, list[int]] | None = None,
     ):
         self.split, self.special_ids, self.limit = split, ids, limit
         self.n_history = 2 * max_history + 1
-        self.num_candidates, self.permutations = num_candidates, permutations
+        self.num_candidates, self.permutations = max(num_candidates, 0), permutations
+        self.extras = extras or {}
 
     def __len__(self) -> int:
         return len(self.split) * self.permutations
 
     def __getitem__(self, index: int) -> Instance:
+        candidates = self.split.strings("candidates", index % len(self.split))[-self.num_candidates :]
+        extra = self.extras.get(int(candidates[-1]), [])
+        replies = [self.split.ids(candidate) for candidate in candidates]
+        (prefix, types), room = self.prefix(index, max(map(len, [*replies, extra])))
+        return Instance(prefix, types, [[*ids[:room], self.special_ids.eos] for ids in replies], extra[:room])
+
+    def prefix(self, index: int, reply: int) -> tuple[tuple[list[int], list[int]], int]:
+        """The prefix (tokens, types) of an instance, cut for `reply` tokens to come, and how many of them may."""
         rotation, utterance = divmod(index, len(self.split))
         split = self.split
         persona = [split.ids(s) for s in split.strings("persona", split.dialogs[utterance])]
@@ -1061,10 +1103,8 @@ class Instances(torch.utils.data.Dataset):
             rotation %= len(persona)
             persona = persona[len(persona) - rotation :] + persona[: len(persona) - rotation]
         history = [split.ids(s) for s in split.strings("history", utterance)[-self.n_history :]]
-        candidates = [split.ids(s) for s in split.strings("candidates", utterance)[-self.num_candidates :]]
-        persona, history, room = fit(persona, history, max(map(len, candidates)), self.limit)
-        prefix, types = build_prefix(persona, history, self.special_ids)
-        return Instance(prefix, types, [[*reply[:room], self.special_ids.eos] for reply in candidates])
+        persona, history, room = fit(persona, history, reply, self.limit)
+        return build_prefix(persona, history, self.special_ids), room
 
     def lengths(self) -> np.ndarray:
         """Tokens of each utterance's longest row (prefix and longest candidate) before anything is cut."""
@@ -1116,6 +1156,12 @@ class Batch:
     n_candidates: torch.Tensor  # (B,)
     lm_positions: torch.Tensor  # (L,) positions, in the flattened (B * T), that predict a token of a gold reply
     lm_labels: torch.Tensor  # (L,) the tokens they predict: the gold replies and their <eos>
+    extra_starts: torch.Tensor  # (B,) where each row's extra continuation begins, in the flattened (B * T); 0: none
+
+    def prefix_ends(self) -> torch.Tensor:
+        """(B,) where each row's prefix ends, in the flattened (B * T)."""
+        rows = torch.arange(len(self.segments), device=self.segments.device)
+        return rows * self.segments.shape[1] + (self.segments == 0).sum(1) - 1
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
@@ -1123,36 +1169,45 @@ class Batch:
 
 def collate(instances: list[Instance], ids: SpecialIds) -> Batch:
     """Pack instances into a batch as wide as its longest row."""
-    rows = [len(i.prefix) + sum(map(len, i.candidates)) for i in instances]
+    rows = [len(i.prefix) + sum(map(len, i.candidates)) + len(i.extra) for i in instances]
     shape = len(instances), max(rows)
     width = max(len(instance.candidates) for instance in instances)
     tokens, types = np.full(shape, ids.pad), np.full(shape, ids.pad)
     positions, segments = np.zeros(shape, np.int64), np.full(shape, -1)
-    ends = np.zeros((len(instances), width), np.int64)
+    ends, extra_starts = np.zeros((len(instances), width), np.int64), np.zeros(len(instances), np.int64)
     lm_positions, lm_labels = [], []
     for row, instance in enumerate(instances):
-        at = len(instance.prefix)
+        start = at = len(instance.prefix)
         tokens[row, :at], types[row, :at] = instance.prefix, instance.token_types
         positions[row, :at], segments[row, :at] = range(at), 0
         types[row, at : rows[row]] = ids.speaker1
-        for n, candidate in enumerate(instance.candidates):
-            span = slice(at, at + len(candidate))
-            tokens[row, span], segments[row, span] = candidate, n + 1
-            positions[row, span] = range(len(instance.prefix), len(instance.prefix) + len(candidate))
+        for n, continuation in enumerate([*instance.candidates, instance.extra]):
+            span = slice(at, at + len(continuation))
+            tokens[row, span], segments[row, span] = continuation, n + 1
+            positions[row, span] = range(start, start + len(continuation))
+            if n < len(instance.candidates):
+                ends[row, n] = span.stop - 1
+            elif instance.extra:
+                extra_starts[row] = row * shape[1] + at
             at = span.stop
-            ends[row, n] = at - 1
         gold = instance.candidates[-1]  # its first token is predicted by the prefix's last, the next by the one before
-        flat = row * shape[1]
-        lm_positions += [flat + len(instance.prefix) - 1, *range(flat + at - len(gold), flat + at - 1)]
+        end = row * shape[1] + ends[row, len(instance.candidates) - 1]
+        lm_positions += [row * shape[1] + start - 1, *range(end - len(gold) + 1, end)]
         lm_labels += gold
     counts = [len(instance.candidates) for instance in instances]
-    return Batch(*map(torch.as_tensor, (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels)))
+    columns = (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels, extra_starts)
+    return Batch(*map(torch.as_tensor, columns))
 
 
-def batches_by_length(instances: Instances, batch_size: int) -> torch.utils.data.DataLoader:
-    """A whole split in batches of like length; for what does not depend on the order."""
-    order = np.argsort(instances.lengths(), kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def batches_by_length(
+    instances: Instances, batch_size: int, size: int | None = None, rank: int = 0, world: int = 1
+) -> torch.utils.data.DataLoader:
+    """The first `size` utterances of a split in batches of like length; for what does not depend on the order.
+
+    Of `world` processes, `rank` gets its share of the batches; every utterance is in one of them.
+    """
+    order = np.argsort(instances.lengths()[:size], kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
     collate_batch = partial(collate, ids=instances.special_ids)
     return torch.utils.data.DataLoader(instances, batch_sampler=batches, collate_fn=collate_batch)
 
