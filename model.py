@@ -31,6 +31,7 @@ from utils import (
     fit,
     load_config,
     log,
+    put_in_place,
 )
 
 transformers.logging.set_verbosity_error()  # its load reports and advice are ours to give
@@ -218,7 +219,7 @@ class DialogModel(nn.Module):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as partial:
             self.lm.save_pretrained(partial)
             for file in os.listdir(partial):
-                os.replace(Path(partial, file), folder / file)
+                put_in_place(Path(partial, file), folder / file)
 
 
 def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

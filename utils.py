@@ -199,6 +199,14 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file its final name, and a new file's usual permissions (safetensors makes its own private)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)
+    os.replace(partial, path)
+
+
 def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
@@ -957,7 +965,7 @@ def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(arrays, partial, metadata={"key": key, "checksum": checksum(arrays)})
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except Exception as error:  # safetensors has its own error for a full disk
         raise UserError(
             f"cannot write {path}: {first_line(error)}; free some space or pass another --dataset_cache"
