@@ -387,6 +387,9 @@ class Decoding:
         return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
 
 
+SMALL_NUCLEUS = 1024  # tokens
+
+
 def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     """Temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, section 3.1). (B, V) -> (B, V)
 
@@ -398,9 +401,13 @@ def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
         logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = logits.softmax(-1)
     if 0 < decoding.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
+        ordered, order = probabilities.topk(min(SMALL_NUCLEUS, probabilities.shape[-1]))
+        if bool((ordered.sum(-1) < decoding.top_p).any()):
+            ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        probabilities = torch.zeros_like(ordered).scatter_(-1, order, ordered.masked_fill(before >= decoding.top_p, 0))
+        nucleus = ordered.masked_fill(before >= decoding.top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, nucleus)
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 

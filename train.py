@@ -173,7 +173,7 @@ def attach_logging(trainer, evaluator, optimizer, folder: Path):
     from ignite.handlers.tensorboard_logger import TensorboardLogger
 
     bar = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-    ProgressBar(bar_format=bar, unit="step").attach(
+    ProgressBar(bar_format=bar, desc="train", unit="step").attach(
         trainer, output_transform=lambda output: {"loss": output["loss"].item()}
     )
     ProgressBar(bar_format=bar, desc="evaluate", unit="batch").attach(evaluator)
