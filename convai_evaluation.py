@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -237,12 +237,13 @@ def generate_all(model, instances: Instances, args: argparse.Namespace, results:
     """A reply to every utterance, in batches of prefixes of like length."""
     from model import Decoding, generate_replies
 
-    decoding = Decoding.from_args(args)
+    decoding, longest = Decoding.from_args(args), min(args.max_length, model.limit // 2)
     loader = rank_loader(instances, GENERATION_BATCH * args.valid_batch_size, len(results.nll))
     with progress("generate", loader) as bar:
         for rows in loader.batch_sampler:
-            prefixes = [instances.prefix(row, args.max_length)[0] for row in rows]
+            prefixes, rooms = zip(*(instances.prefix(row, longest) for row in rows), strict=True)
             generators = [reply_generator(args.seed, row) for row in rows]
+            decoding = replace(decoding, max_length=min(rooms))  # `longest`, unless a persona leaves less room
             for row, reply in zip(rows, generate_replies(model, prefixes, decoding, generators), strict=True):
                 results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
             bar.update(len(rows))
@@ -433,13 +434,12 @@ def main() -> None:
     args = parse_args()
     device = check_device(args.device)
     started = time.monotonic()
-
-    from model import load_model  # heavy: after all that can be told to be wrong at once
-
     files = find_finetuned_model(args.model)
     tokenizer = load_tokenizer(files, args.pre_tokenizer)
     dataset = args.dataset_path or args.valid_path  # with the validation data alone, nothing else is needed
     splits = load_dataset(dataset, args.valid_path, args.dataset_cache, tokenizer)
+    from model import load_model  # heavy: after all that can be told to be wrong at once
+
     model = load_model(files, tokenizer, device)
     if args.bf16:
         model.bfloat16()

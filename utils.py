@@ -217,7 +217,7 @@ def download(url: str, instead: str) -> Path:
     Raises:
         UserError: it cannot be fetched; `instead` tells the user what to pass in its place.
     """
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(urlsplit(url).path).name or 'file'}"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(re.split('[?#]', url)[0]).name or 'file'}"
     path = cache_folder() / name
     if path.exists():
         return path
@@ -261,6 +261,8 @@ def unpack(archive: Path) -> Path:
                     for member in tar:
                         if not (member.isfile() or member.isdir()):
                             raise UserError(f"{archive}: '{member.name}' is a link or a device; expected plain files")
+                        if member.name.startswith("/"):
+                            raise UserError(f"{archive}: '{member.name}' leads outside; expected relative paths")
                         tar.extract(member, partial, filter="data")
                 os.replace(partial, folder)
             except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -356,7 +358,7 @@ def json_dialogs(raws: Iterable[msgspec.Raw | bytes], where: Callable[[int], str
 
 def parlai_dialogs(path: str, lines: Iterable[bytes]) -> Iterator[Dialog]:
     """ParlAI text: numbered lines, a new dialog where the number falls back."""
-    dialog, history, last = Dialog([], []), [], 0
+    dialog, history, last, answered = Dialog([], []), [], 0, True
     for count, raw in enumerate(lines, 1):
         try:
             line = raw.decode().rstrip("\r\n").replace("\\n", "\n")
@@ -367,20 +369,26 @@ def parlai_dialogs(path: str, lines: Iterable[bytes]) -> Iterator[Dialog]:
         head, _, rest = line.partition(" ")
         if not head.isdecimal():
             raise UserError(f"{path}, line {count}: expected a line number first, found '{head[:20]}'; {FORMATS}")
-        if int(head) <= last and (dialog.utterances or dialog.personality):
-            yield dialog
-            dialog, history = Dialog([], []), []
+        if int(head) <= last:
+            if dialog.utterances or dialog.personality:
+                yield dialog
+            dialog, history, answered = Dialog([], []), [], True
         last = int(head)
         if rest.startswith("your persona:"):
             dialog.personality.append(rest.removeprefix("your persona:").strip())
         elif not rest.startswith("partner's persona:"):
             text, label, candidates = parlai_turn(rest)
             if text and text != "__SILENCE__":
-                history.append(text)
+                if answered:
+                    history.append(text)
+                else:  # two turns of the other person in a row are one utterance: speakers must alternate
+                    history[-1] += f" {text}"
+                answered = False
             if label:
                 distractors = [candidate for candidate in candidates if candidate != label]
                 dialog.utterances.append(Utterance(list(history), [*distractors, label]))
                 history.append(label)
+                answered = True
     if dialog.utterances or dialog.personality:
         yield dialog
 
@@ -472,7 +480,7 @@ def is_record(line: bytes) -> bool:
         keys = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     except ValueError:
         return False
-    return bool(keys.keys() & {"utterances", "dialog", "messages"})
+    return bool(keys.keys() & {"personality", "utterances", "dialog", "messages"})
 
 
 def load_personas(name: str) -> list[list[str]]:
@@ -597,11 +605,11 @@ class DialogTokenizer:
         if type(hf).__name__ == "OpenAIGPTTokenizer":
             saved = hf.init_kwargs.get("pre_tokenizer")
             self.pre_tokenizer = pre_tokenizer or saved or ("basic" if self.fine_tuned else "spacy")
+            hf.init_kwargs["pre_tokenizer"] = self.pre_tokenizer  # saved with the tokenizer, and read back here
         elif pre_tokenizer:
             raise UserError("--pre_tokenizer is for openai-gpt's vocabulary only; leave it out for this model")
         else:
             self.pre_tokenizer = None
-        hf.init_kwargs["pre_tokenizer"] = self.pre_tokenizer  # saved with the tokenizer, read back above
         hf.add_special_tokens(SPECIAL_TOKENS)
         if self.pre_tokenizer == "spacy":
             self._use_words_as_they_are()
@@ -678,6 +686,8 @@ def load_config_dict(files: ModelFiles) -> dict:
     path = files.folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}; expected a model's configuration in JSON") from error
     if "model_type" not in config:
@@ -824,6 +834,8 @@ def load_dataset(
         cache: where the cache is kept; a key is put before the ending, so that datasets and models do not evict
             each other.
     """
+    if not Path(cache).name:
+        raise UserError(f"--dataset_cache '{cache}' names no file; expected one such as ./dataset_cache.bin")
     content = [file_digest(dataset_file(file)) for file in ([name, valid_name] if valid_name else [name])]
     key = hashlib.sha256(json.dumps([CACHE_VERSION, content, tokenizer.fingerprint()]).encode()).hexdigest()
     path = Path(cache).with_name(f"{Path(cache).stem}_{key[:12]}{Path(cache).suffix}")
@@ -850,8 +862,8 @@ def split_dialogs(name: str, valid_name: str) -> dict[str, Iterable[Dialog]]:
         held_out = read_dataset(valid_name)
         valid = held_out.get("valid") or held_out.get("all") or held_out["train"]
         return {"train": splits.get("train") or splits.get("all") or [], "valid": valid}
-    if splits.keys() >= {"train", "valid"}:
-        return splits
+    if "valid" in splits:
+        return {"train": splits.get("train", []), "valid": splits["valid"]}
     dialogs = list(next(iter(splits.values())))
     if len(dialogs) < 2:
         raise UserError(

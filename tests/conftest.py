@@ -123,7 +123,9 @@ def write_model(folder: Path, kind: str, weights: bool = True, vocab_size: int =
     lm = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
-            if name.endswith("bias"):  # zero as they are made, which would hide a lost one
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+            elif name.endswith("bias"):  # zero as they are made, which would hide a lost one
                 parameter.normal_(std=0.1)
     lm.save_pretrained(folder)
     return folder

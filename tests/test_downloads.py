@@ -1,0 +1,388 @@
+"""Downloads, archives and where a model's files are; every URL is a server in this process."""
+
+import io
+import re
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import utils
+from utils import ModelFiles, UserError, download, find_finetuned_model, find_model, read_dataset, unpack
+
+CONTENT = bytes(range(256)) * 100
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content`, each answer in the next of the ways in `answers` ("whole" where there is none left)."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/data.json"
+        self.content, self.answers, self.ranges = CONTENT, [], []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):  # noqa: N802
+        wanted, content = self.headers["Range"], self.server.content
+        self.server.ranges.append(wanted)
+        answer = self.server.answers.pop(0) if self.server.answers else "whole"
+        if answer.isdecimal():
+            self.send_error(int(answer))
+            return
+        if answer == "late":
+            threading.Event().wait(0.2)
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and answer != "without ranges" else 0
+        if start and start >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[start : start + 5000] if answer == "cut" else content[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # written whole or not at all
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between two attempts
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder that downloads go into."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches" / "improvedflend"
+
+
+def kept(cache: Path) -> list[str]:
+    """The names in the cache, without locks."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Downloads
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_fetched_whole_and_once(server, cache):
+    path = download(server.url, "")
+    assert path.read_bytes() == CONTENT
+    assert kept(cache) == [path.name]
+    assert path.parent == cache
+    assert path.name.endswith("-data.json")
+    assert download(server.url, "") == path
+    assert server.ranges == [None]
+
+
+def test_of_two_at_once_one_fetches(server, cache):
+    server.answers, paths = ["late"], []
+    threads = [threading.Thread(target=lambda: paths.append(download(server.url, ""))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 3
+    assert len(set(paths)) == 1
+    assert server.ranges == [None]
+
+
+def test_urls_that_end_alike_have_files_of_their_own(server, cache):
+    first = download(server.url, "")
+    server.content = b"another"
+    second = download(server.url + "?version=2", "")
+    assert (first.read_bytes(), second.read_bytes()) == (CONTENT, b"another")
+
+
+def test_a_connection_that_is_cut_is_continued(server, cache):
+    server.answers = ["cut", "cut"]
+    assert download(server.url, "").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=5000-", "bytes=10000-"]
+
+
+def test_a_part_left_by_an_earlier_attempt_is_continued(server, cache):
+    server.answers = ["cut", "500"]
+    with pytest.raises(UserError):
+        download(server.url, "")
+    (part,) = kept(cache)
+    assert part.endswith("-data.json.incomplete")
+    path = download(server.url, "")
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=5000-", "bytes=5000-"]
+    assert kept(cache) == [path.name]
+
+
+@pytest.mark.parametrize("answers", [["cut", "without ranges"], ["cut", "500", "without ranges"]])
+def test_a_server_that_always_sends_everything(answers, server, cache):
+    server.answers = answers
+    if "500" in answers:
+        with pytest.raises(UserError):
+            download(server.url, "")
+    assert download(server.url, "").read_bytes() == CONTENT
+    assert server.ranges[-1] == "bytes=5000-"
+
+
+@pytest.mark.parametrize("left", [len(CONTENT), len(CONTENT) + 10], ids=["as-long-as-the-file", "longer"])
+def test_a_part_with_nothing_behind_it_is_fetched_anew(left, server, cache):
+    server.answers = ["500"]
+    with pytest.raises(UserError):
+        download(server.url, "")
+    (part,) = kept(cache)
+    (cache / part).write_bytes(b"x" * left)
+    assert download(server.url, "").read_bytes() == CONTENT
+    assert server.ranges == [None, f"bytes={left}-", None]
+
+
+@pytest.mark.parametrize("answer", ["404", "403", "500"])
+def test_what_the_server_has_not_is_named_with_a_way_out(answer, server, cache):
+    server.answers = [answer]
+    with pytest.raises(UserError) as caught:
+        download(server.url, "pass a local file")
+    message = str(caught.value)
+    assert message.startswith(f"cannot fetch {server.url}: ")
+    assert answer in message
+    assert message.endswith("; pass a local file")
+    assert "\n" not in message
+    assert download(server.url, "").read_bytes() == CONTENT  # and the next attempt is not spoilt
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{closed}/x", "http://", "http://[::1/x", "https://:0/x"])
+def test_a_host_that_is_not_there_is_named_with_a_way_out(url, server, cache):
+    with Server() as other:
+        url = url.format(closed=other.server_port)  # nothing listens there any more
+    with pytest.raises(UserError) as caught:
+        download(url, "pass a local file")
+    assert str(caught.value).startswith(f"cannot fetch {url}: ")
+    assert str(caught.value).endswith("; pass a local file")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"cannot create the folder {tmp_path}/file/improvedflend"):
+        download("http://127.0.0.1/x", "")
+
+
+def test_a_dataset_from_a_url(server, cache):
+    server.content = b'[{"dialog": ["hi", "hello"]}]'
+    (dialog,) = read_dataset(server.url)["all"]
+    assert dialog.utterances[0].candidates == ["hello"]
+
+
+def test_a_dataset_that_is_not_there_says_what_to_pass(server, cache, monkeypatch):
+    monkeypatch.setattr(utils, "PERSONACHAT_URL", server.url)
+    server.answers = ["404"]
+    with pytest.raises(UserError, match=f"cannot fetch {server.url}: .*; pass --dataset_path a local file"):
+        read_dataset("")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Archives
+# ------------------------------------------------------------------------------------------------------------
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def write_tar(path: Path, *members: tarfile.TarInfo | str) -> Path:
+    """A .tar.gz; every file in it holds {}."""
+    with tarfile.open(path, "w:gz") as tar:
+        for info in members:
+            info = member(info) if isinstance(info, str) else info
+            info.size = 2 if info.isreg() else 0
+            tar.addfile(info, io.BytesIO(b"{}"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "inside"),
+    [
+        (["config.json", "pytorch_model.bin"], ""),
+        (["./", "./config.json", "./pytorch_model.bin"], ""),
+        (["model/config.json", "model/pytorch_model.bin"], "model"),
+        (["a/b/config.json", "a/b/pytorch_model.bin"], "a/b"),
+        (["config.json", "pytorch_model.bin", "checkpoint/config.json"], ""),
+    ],
+)
+def test_the_folder_of_an_archives_config(members, inside, tmp_path, cache):
+    infos = [member(name, tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE) for name in members]
+    folder = unpack(write_tar(tmp_path / "model.tar.gz", *infos))
+    assert (folder / "pytorch_model.bin").read_text() == "{}"
+    (name,) = kept(cache)
+    assert folder == cache / name / inside
+
+
+def test_an_archive_is_unpacked_once_and_again_where_it_has_changed(tmp_path, cache):
+    path = write_tar(tmp_path / "model.tar.gz", "config.json")
+    first = unpack(path)
+    (first / "mark").touch()
+    assert unpack(path) == first
+    assert (first / "mark").exists()
+    second = unpack(write_tar(path, "config.json", "vocab.json"))
+    assert second != first
+    assert (second / "vocab.json").exists()
+
+
+HOSTILE = {
+    "parent": (member("../evil"), "outside"),
+    "parent-further-in": (member("model/../../evil"), "outside"),
+    "absolute": (member("{tmp_path}/evil"), "evil"),
+    "symlink": (member("evil", tarfile.SYMTYPE, "/etc/passwd"), "'evil' is a link or a device"),
+    "symlink-inside": (member("evil", tarfile.SYMTYPE, "config.json"), "'evil' is a link or a device"),
+    "hard-link": (member("evil", tarfile.LNKTYPE, "config.json"), "'evil' is a link or a device"),
+    "character-device": (member("evil", tarfile.CHRTYPE), "'evil' is a link or a device"),
+    "block-device": (member("evil", tarfile.BLKTYPE), "'evil' is a link or a device"),
+    "fifo": (member("evil", tarfile.FIFOTYPE), "'evil' is a link or a device"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_archive_is_refused_and_leaves_nothing(kind, tmp_path, cache):
+    evil, message = HOSTILE[kind]
+    evil = evil.replace(name=evil.name.format(tmp_path=tmp_path))
+    path = write_tar(tmp_path / "model.tar.gz", "config.json", evil)
+    for _ in range(2):  # a second attempt finds no half-made folder
+        with pytest.raises(UserError) as caught:
+            unpack(path)
+        assert str(caught.value).startswith(str(path))
+        assert message in str(caught.value)
+        assert kept(cache) == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["caches", "model.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "cannot be unpacked"),
+        (lambda data: data[:60] + bytes(40) + data[100:], "cannot be unpacked"),
+        (lambda data: b"\x1f\x8bnothing", "cannot be unpacked"),
+        (lambda data: b"not an archive", "cannot be unpacked"),
+    ],
+    ids=["cut", "overwritten", "no-gzip", "text"],
+)
+def test_a_damaged_archive_is_named_and_leaves_nothing(damage, message, tmp_path, cache):
+    path = write_tar(tmp_path / "model.tar.gz", *(f"file{i}" for i in range(50)), "config.json")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path} {message}: .*; expected a .tar.gz"):
+        unpack(path)
+    assert kept(cache) == []
+
+
+def test_an_archive_without_a_model_is_named(tmp_path, cache):
+    path = write_tar(tmp_path / "model.tar.gz", "README")
+    with pytest.raises(UserError, match=f"{path} holds no config.json"):
+        unpack(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_models_by_folder_file_and_url(tmp_path, server, cache):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "some.weights").write_bytes(b"GGUF and more")
+    assert find_model(str(folder)) == ModelFiles(folder)
+    assert find_model(str(folder / "some.weights")) == ModelFiles(folder, gguf="some.weights")
+    archive = write_tar(tmp_path / "archive", "inside/config.json")  # told apart by content, not by name
+    assert (find_model(str(archive)).folder / "config.json").read_text() == "{}"
+    server.content = archive.read_bytes()
+    assert find_model(server.url).folder.name == "inside"
+    assert len(server.ranges) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./absent", "no such model: ./absent; expected a folder, a .tar.gz or .gguf file, a URL or a hub id"),
+        ("/absent/model", "no such model: /absent/model;"),
+        ("~/absent", "no such model: ~/absent;"),
+        ("runs/absent/", "no such model: runs/absent/;"),
+        ("a/b/c", "no such model: a/b/c;"),
+        ("runs\\absent", "no such model: runs\\absent;"),
+        ("absent.gguf", "no such model: absent.gguf;"),
+        ("absent.tar.gz", "no such model: absent.tar.gz;"),
+        ("empty", "empty holds no config.json; expected a model folder"),
+        ("note.txt", "note.txt is neither a .gguf nor a .tar.gz file"),
+        ("nothing", "nothing is neither a .gguf nor a .tar.gz file"),
+    ],
+)
+def test_what_is_no_model_is_named_without_asking_the_hub(name, message, tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "fetch_from_hub", lambda repo: pytest.fail(f"asked for {repo}"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("hello")
+    (tmp_path / "nothing").touch()
+    with pytest.raises(UserError) as caught:
+        find_model(name)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_model_url_that_is_not_there_says_what_to_pass(server, cache):
+    server.answers = ["404"]
+    with pytest.raises(UserError, match=f"cannot fetch {server.url}: .*; pass --model a local folder or file"):
+        find_model(server.url)
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [("openai-gpt", "openai-community/openai-gpt"), ("gpt2", "openai-community/gpt2"), ("some/repo", "some/repo")],
+)
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_names_are_fetched_from_the_hub_as_safetensors_or_else_bin(name, repo, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns, ignore_patterns=None):
+        asked.append((repo_id, "*.safetensors" in allow_patterns, "pytorch_model*.bin" in allow_patterns))
+        if weights == "model.safetensors" or not asked[-1][1]:
+            (tmp_path / weights).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    files = find_model(name)
+    assert files == ModelFiles(tmp_path)
+    assert files.has_weights
+    assert asked == [(repo, True, False), (repo, False, True)][: 1 if weights == "model.safetensors" else 2]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def snapshot_download(*args, **kwargs):
+        raise ConnectionError("no route\nto the host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError) as caught:
+        find_model("gpt2")
+    expected = "cannot fetch 'openai-community/gpt2' from the hub: no route; pass --model a local folder"
+    assert str(caught.value) == expected
+
+
+def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server, cache, monkeypatch):
+    monkeypatch.setattr(utils, "FINETUNED_URL", server.url)
+    server.content = write_tar(tmp_path / "archive", "config.json", "pytorch_model.bin").read_bytes()
+    assert find_finetuned_model("openai-gpt").has_weights
+    assert server.ranges == [None]
+    (tmp_path / "config.json").write_text("{}")
+    assert find_finetuned_model(str(tmp_path)) == ModelFiles(tmp_path)
