@@ -631,6 +631,7 @@ class DialogTokenizer:
         """The ids of each text. Special tokens that stand in a text are text: none comes out."""
         if not texts:
             return []
+        texts = [text.encode(errors="replace").decode() for text in texts]  # bytes that were no text in a terminal
         if self.pre_tokenizer == "spacy":
             texts = [spacy_words(text) for text in texts]
         return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -747,6 +748,7 @@ DETOKENIZE = [
     (re.compile(r"(\w) ?n ' t\b"), r"\1n't"),  # don ' t, ca n ' t
     (re.compile(r"(\w) ' (s|m|t|d|re|ve|ll)\b", re.I), r"\1'\2"),  # i ' m
     (re.compile(r"(\w) (n't|'(?:s|m|t|d|re|ve|ll))\b", re.I), r"\1\2"),  # do n't, i 'm
+    (re.compile(r"\b(gon|wan|got) (na|ta)\b"), r"\1\2"),  # as spaCy cuts gonna, wanna, gotta
     (re.compile(r"(?<=\.) (?=\.)"), ""),  # . . .
     (re.compile(r" ([.,!?;:%]+)(?=\s|$)"), r"\1"),
     (re.compile(r'(^|\s)" ([^"]+?) "(?=\W|$)'), r'\1"\2"'),
@@ -1108,11 +1110,13 @@ class Instances(torch.utils.data.Dataset):
         return len(self.split) * self.permutations
 
     def __getitem__(self, index: int) -> Instance:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         candidates = self.split.strings("candidates", index % len(self.split))[-self.num_candidates :]
-        extra = self.extras.get(int(candidates[-1]), [])
         replies = [self.split.ids(candidate) for candidate in candidates]
-        (prefix, types), room = self.prefix(index, max(map(len, [*replies, extra])))
-        return Instance(prefix, types, [[*ids[:room], self.special_ids.eos] for ids in replies], extra[:room])
+        (prefix, types), room = self.prefix(index, max(map(len, replies)))
+        extra = self.extras.get(int(candidates[-1]), [])[: self.limit - len(prefix)]
+        return Instance(prefix, types, [[*ids[:room], self.special_ids.eos] for ids in replies], extra)
 
     def prefix(self, index: int, reply: int) -> tuple[tuple[list[int], list[int]], int]:
         """The prefix (tokens, types) of an instance, cut for `reply` tokens to come, and how many of them may."""

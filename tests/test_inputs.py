@@ -201,16 +201,18 @@ def test_one_cut_for_all_candidates_made_for_the_longest():
     assert instance == Instance([B, 1, S1], [S1, S1, S1], [[20, 21, E], [24, E], [25, 26, E]])
 
 
-def test_an_extra_continuation_goes_with_its_gold_reply_and_is_fitted_too():
+def test_an_extra_continuation_goes_with_its_gold_reply_and_costs_the_others_nothing():
     dialogs = [([[1]], [([[10, 11]], [[20], [21, 22]]), ([[10, 11]], [[21, 22], [20]])])]
     # Strings are numbered as they come: 0 persona; 1 history, 2 3 candidates; 4 history, 5 6 candidates.
     instances = Instances(make_split(dialogs), IDS, 2, 100, extras={3: [30, 31, 32, 33]})
     assert [instances[i].extra for i in range(2)] == [[30, 31, 32, 33], []]
-    # <bos> 1 | <speaker2> 10 11 | <speaker1> and four tokens and <eos>: 11; one less costs a token of the history.
-    instances = Instances(make_split(dialogs), IDS, 2, 10, extras={3: [30, 31, 32, 33]})
-    assert (instances[0].prefix, instances[0].extra) == ([B, 1, S2, 11, S1], [30, 31, 32, 33])
-    instances = Instances(make_split(dialogs), IDS, 2, 7, extras={3: [30, 31, 32, 33]})
-    assert (instances[0].candidates, instances[0].extra) == ([[20, E], [21, 22, E]], [30, 31, 32])
+    # <bos> 1 | <speaker2> 10 11 | <speaker1> 21 22 <eos>: 9 tokens fit as they are, and 3 of the extra ones do.
+    instances = Instances(make_split(dialogs), IDS, 2, 9, extras={3: [30, 31, 32, 33]})
+    assert instances[0] == Instance(
+        [B, 1, S2, 10, 11, S1], [S1, S1, S2, S2, S2, S1], [[20, E], [21, 22, E]], [30, 31, 32]
+    )
+    with pytest.raises(IndexError):
+        instances[2]
 
 
 @pytest.mark.parametrize(
