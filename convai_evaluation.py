@@ -41,10 +41,11 @@ from utils import (
 
 # Published figures, for context: (Hits@1 in %, word PPL, F1 in %).
 ANCHORS = {
-    "TransferTransfo, hidden test set (competition leaderboard)": (80.7, 16.28, 19.5),
-    "original README, validation set": (79.0, 20.5, 16.5),
-    "published checkpoint, validation set": (71.5, None, None),
+    "TransferTransfo, hidden test set (competition leaderboard)": ("80.7", "16.28", "19.5"),
+    "original README, validation set": ("> 79", "20.5", "16.5"),
+    "published checkpoint, validation set": ("71.5", "-", "-"),
 }
+TIE = 1e-5  # scores this close are equal: what differs is rounding, which depends on a candidate's place in its row
 GENERATION_BATCH = 4  # a generated row has one continuation where a scored one has twenty: it takes more of them
 
 
@@ -124,7 +125,8 @@ class WordModel:
         self.words = list(frequencies)
         self.number = {word: i for i, word in enumerate(self.words)}
         smoothed = np.array([frequencies[word] for word in self.words]) + float(self.SMOOTHING)
-        self.spellings = tokenizer.encode(self.words), tokenizer.encode_inside(self.words)  # at the start, behind
+        self.encoders = tokenizer.encode, tokenizer.encode_inside  # of words at a reply's start, and behind a word
+        self.spellings = [encode(self.words) for encode in self.encoders]
         self.first, self.log_share, self.first_tokens = [], [], []
         for spelling in self.spellings:
             first = np.array([ids[0] if ids else -1 for ids in spelling])
@@ -138,14 +140,14 @@ class WordModel:
         self.spelled = {gold: self.spell(valid.text(gold)) for gold in golds}  # by the gold reply's string number
 
     def spell(self, text: str) -> Spelling:
-        """A reply as the tokens of its words; a word that has none is passed over."""
+        """A reply as the tokens of its words, and where those stand that are scored: the dictionary's."""
         tokens, positions = [], []
         for word in split_words(text):
-            inside = int(bool(tokens))
-            number = self.number[word]
-            if self.spellings[inside][number]:
+            inside, number = int(bool(tokens)), self.number.get(word)
+            spelling = self.encoders[inside]([word])[0] if number is None else self.spellings[inside][number]
+            if spelling and number is not None:
                 positions.append(WordPosition(len(tokens), number, inside))
-                tokens += self.spellings[inside][number]
+            tokens += spelling
         return Spelling(tokens, positions)
 
     def log_probabilities(self, logits: torch.Tensor, words: torch.Tensor, inside: int) -> torch.Tensor:
@@ -229,8 +231,8 @@ def score_words(model, hidden, batch, rows: list[int], spelled: list[Spelling], 
         if found:
             at, owners, numbers = map(torch.tensor, zip(*found, strict=True))
             logits = model.lm_logits(hidden.flatten(0, 1)[at.to(hidden.device)]).float()
-            np.add.at(results.word_nll, owners, -words.log_probabilities(logits, numbers, inside))
-            np.add.at(results.words, owners, 1)
+            np.add.at(results.word_nll, owners.numpy(), -words.log_probabilities(logits, numbers, inside).numpy())
+            np.add.at(results.words, owners.numpy(), 1)
 
 
 def generate_all(model, instances: Instances, args: argparse.Namespace, results: Results) -> None:
@@ -240,13 +242,16 @@ def generate_all(model, instances: Instances, args: argparse.Namespace, results:
     decoding, longest = Decoding.from_args(args), min(args.max_length, model.limit // 2)
     loader = rank_loader(instances, GENERATION_BATCH * args.valid_batch_size, len(results.nll))
     with progress("generate", loader) as bar:
-        for rows in loader.batch_sampler:
-            prefixes, rooms = zip(*(instances.prefix(row, longest) for row in rows), strict=True)
-            generators = [reply_generator(args.seed, row) for row in rows]
-            decoding = replace(decoding, max_length=min(rooms))  # `longest`, unless a persona leaves less room
-            for row, reply in zip(rows, generate_replies(model, prefixes, decoding, generators), strict=True):
-                results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
-            bar.update(len(rows))
+        for batch in loader.batch_sampler:
+            prefixes = {row: instances.prefix(row, longest) for row in batch}
+            # A persona may leave less room than `longest`. A reply's room must not depend on its batch's other rows.
+            for room in {room for _, room in prefixes.values()}:
+                rows = [row for row in batch if prefixes[row][1] == room]
+                generators = [reply_generator(args.seed, row) for row in rows]
+                of_rows, options = [prefixes[row][0] for row in rows], replace(decoding, max_length=room)
+                for row, reply in zip(rows, generate_replies(model, of_rows, options, generators), strict=True):
+                    results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
+            bar.update(len(batch))
 
 
 def reply_generator(seed: int, utterance: int) -> torch.Generator:
@@ -276,7 +281,7 @@ def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
     """
     texts = [normalize(text) for text in texts]
     gold = np.array([text == texts[-1] for text in texts])
-    return int((scores[~gold] >= scores[gold].max()).sum())
+    return int((scores[~gold] >= scores[gold].max() - TIE).sum())
 
 
 def ranking_figures(results: Results, split: Split) -> tuple[dict[str, float], list[int]]:
@@ -352,7 +357,7 @@ def print_table(figures: dict[str, float]) -> None:
     for key in [key for key in NAMES if key in figures]:
         value, anchors = figures[key], [""] * len(ANCHORS)
         if key in columns:
-            anchors = [str(published[columns[key]] or "-") for published in ANCHORS.values()]
+            anchors = [published[columns[key]] for published in ANCHORS.values()]
         percent = key not in ("word_ppl", "token_ppl", "mean_length")
         shown = f"{100 * value:9.1f} %" if percent else f"{value:9.2f}  "
         print(f"{NAMES[key]:{width}}  {shown}  " + " ".join(f"{anchor:>5}" for anchor in anchors))
@@ -436,8 +441,8 @@ def main() -> None:
     started = time.monotonic()
     files = find_finetuned_model(args.model)
     tokenizer = load_tokenizer(files, args.pre_tokenizer)
-    dataset = args.dataset_path or args.valid_path  # with the validation data alone, nothing else is needed
-    splits = load_dataset(dataset, args.valid_path, args.dataset_cache, tokenizer)
+    training = None if args.valid_path and not args.dataset_path else args.dataset_path  # None: nothing is needed
+    splits = load_dataset(training, args.valid_path, args.dataset_cache, tokenizer)
     from model import load_model  # heavy: after all that can be told to be wrong at once
 
     model = load_model(files, tokenizer, device)

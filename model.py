@@ -121,8 +121,9 @@ def with_choice_head(causal_lm: type[PreTrainedModel]) -> type[PreTrainedModel]:
             self.multiple_choice_head = MultipleChoiceHead(config)
             self.post_init()
 
-    # The name is written into config.json, and plain transformers must know it.
-    WithChoiceHead.__name__ = OpenAIGPTLMHeadModel.__name__ if causal_lm is OpenAIGPTWithCache else causal_lm.__name__
+    # Known under its parent's name: it stands in config.json, and transformers converts old tensor names by it.
+    known = OpenAIGPTLMHeadModel if causal_lm is OpenAIGPTWithCache else causal_lm
+    WithChoiceHead.__name__, WithChoiceHead.__module__ = known.__name__, known.__module__
     return WithChoiceHead
 
 
@@ -207,7 +208,8 @@ class DialogModel(nn.Module):
         """(..., D) -> (..., V), with the scaling and soft-capping that some models put behind their head."""
         config = self.lm.config.get_text_config()
         logits = self.lm.get_output_embeddings()(hidden)
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -356,6 +358,8 @@ def probe(model: DialogModel) -> None:
     except Exception as error:  # an architecture may refuse a 4D mask, positions or a cache in its own way
         model.packed, reason = False, first_line(error)
     kind = model.lm.config.model_type
+    if "local" in getattr(model.lm.config, "attention_layers", ()):  # GPT-Neo's look back a number of tokens along
+        model.packed, reason = False, "its layers are local"  # the row, too many for a tiny batch to show it
     if not model.packed:
         log.info(f"{kind}: packed rows are not exact for it ({reason}); using padded rows, which are slower")
     ids = batch.input_ids[:1, :6]

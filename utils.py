@@ -784,6 +784,7 @@ class Split:
     def __init__(self, arrays: dict[str, np.ndarray], split: str):
         self.token_offsets, self.tokens = arrays["token_offsets"], arrays["tokens"]
         self.text_offsets, self.texts = arrays["text_offsets"], arrays["texts"]
+        self.sizes = np.diff(self.token_offsets)  # tokens of each string
         self.dialogs = arrays[f"{split}.dialogs"]
         self._lists = {
             name: (arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"])
@@ -825,12 +826,12 @@ class Split:
 
 
 def load_dataset(
-    name: str, valid_name: str, cache: str, tokenizer: DialogTokenizer, progress: bool = True
+    name: str | None, valid_name: str, cache: str, tokenizer: DialogTokenizer, progress: bool = True
 ) -> dict[str, Split]:
     """The splits "train" and "valid" of a dataset, tokenised once and then mapped from the cache file.
 
     Args:
-        name: path or URL; "" is PersonaChat.
+        name: path or URL; "" is PersonaChat, None no training data at all.
         valid_name: a dataset whose "valid" split, or all of it, is the validation split; "" takes that of `name`,
             or cuts one off by dialog.
         cache: where the cache is kept; a key is put before the ending, so that datasets and models do not evict
@@ -838,7 +839,10 @@ def load_dataset(
     """
     if not Path(cache).name:
         raise UserError(f"--dataset_cache '{cache}' names no file; expected one such as ./dataset_cache.bin")
-    content = [file_digest(dataset_file(file)) for file in ([name, valid_name] if valid_name else [name])]
+    content = [
+        name is not None and file_digest(dataset_file(name)),
+        valid_name and file_digest(dataset_file(valid_name)),
+    ]
     key = hashlib.sha256(json.dumps([CACHE_VERSION, content, tokenizer.fingerprint()]).encode()).hexdigest()
     path = Path(cache).with_name(f"{Path(cache).stem}_{key[:12]}{Path(cache).suffix}")
     with lock(path):
@@ -847,7 +851,9 @@ def load_dataset(
             started = time.monotonic()
             arrays = tokenize_dataset(name, valid_name, tokenizer, progress)
             write_cache(path, key, arrays)
-            log.info(f"tokenised {name or 'PersonaChat'} into {path} in {time.monotonic() - started:.1f} s")
+            log.info(
+                f"tokenised {name or valid_name or 'PersonaChat'} into {path} in {time.monotonic() - started:.1f} s"
+            )
             arrays = read_cache(path, key) or arrays  # mapped from the file, so that processes share the memory
     return {split: Split(arrays, split) for split in ("train", "valid")}
 
@@ -857,9 +863,9 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def split_dialogs(name: str, valid_name: str) -> dict[str, Iterable[Dialog]]:
+def split_dialogs(name: str | None, valid_name: str) -> dict[str, Iterable[Dialog]]:
     """The dialogs of "train" and "valid"; a validation split is cut off by dialog where there is none."""
-    splits = read_dataset(name)
+    splits = {} if name is None else read_dataset(name)
     if valid_name:
         held_out = read_dataset(valid_name)
         valid = held_out.get("valid") or held_out.get("all") or held_out["train"]
@@ -1112,9 +1118,11 @@ class Instances(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Instance:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        candidates = self.split.strings("candidates", index % len(self.split))[-self.num_candidates :]
+        candidates = self.split.strings("candidates", index % len(self.split))
+        longest = int(self.split.sizes[candidates].max())  # of all: the cut does not depend on how many are kept
+        candidates = candidates[-self.num_candidates :]
         replies = [self.split.ids(candidate) for candidate in candidates]
-        (prefix, types), room = self.prefix(index, max(map(len, replies)))
+        (prefix, types), room = self.prefix(index, longest)
         extra = self.extras.get(int(candidates[-1]), [])[: self.limit - len(prefix)]
         return Instance(prefix, types, [[*ids[:room], self.special_ids.eos] for ids in replies], extra)
 
@@ -1131,15 +1139,15 @@ class Instances(torch.utils.data.Dataset):
         return build_prefix(persona, history, self.special_ids), room
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each utterance's longest row (prefix and longest candidate) before anything is cut."""
-        split, sizes = self.split, np.diff(self.split.token_offsets)
+        """Tokens of each utterance's longest row (prefix and longest candidate, of all) before anything is cut."""
+        split, sizes = self.split, self.split.sizes
         history_offsets, history = split._lists["history"]
         first = np.maximum(history_offsets[1:] - self.n_history, history_offsets[:-1])
         return (
             3  # <bos>, the reply's speaker, <eos>
             + span_sums(sizes, *split._lists["persona"])[split.dialogs]
             + (span_sums(sizes + 1, history_offsets, history, first))
-            + span_maxima(sizes, *split._lists["candidates"], self.num_candidates)
+            + span_maxima(sizes, *split._lists["candidates"])
         )
 
     def report_cuts(self, name: str) -> None:
@@ -1157,11 +1165,9 @@ def span_sums(
     return running[offsets[1:]] - running[offsets[:-1] if first is None else first]
 
 
-def span_maxima(sizes: np.ndarray, offsets: np.ndarray, numbers: np.ndarray, last: int) -> np.ndarray:
-    """For each list of string numbers (none empty), the size of the largest of its `last` strings (<= 0: of all)."""
-    first = np.maximum(offsets[1:] - last, offsets[:-1]) if last > 0 else offsets[:-1]
-    edges = np.stack([first, offsets[1:]], axis=1).ravel()
-    return np.maximum.reduceat(np.append(sizes[numbers], 0), edges)[::2]
+def span_maxima(sizes: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """For each list of string numbers (none empty), the size of the largest string."""
+    return np.maximum.reduceat(sizes[numbers], offsets[:-1]) if len(offsets) > 1 else np.zeros(0, np.int64)
 
 
 @dataclass

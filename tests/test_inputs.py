@@ -222,14 +222,13 @@ def test_an_extra_continuation_goes_with_its_gold_reply_and_costs_the_others_not
         (0, 0, [11, 5 + 2 + 1 + 3 + 1, 4]),
         (1, 0, [11, 5 + 6 + 1 + 3 + 1, 4]),
         (2, 0, [11, 5 + 11 + 1 + 3 + 1, 4]),
-        (2, 2, [11, 5 + 11 + 1 + 2 + 1, 4]),  # without the candidate of three tokens
-        (2, 1, [11, 5 + 11 + 1 + 2 + 1, 4]),
+        (2, 1, [11, 5 + 11 + 1 + 3 + 1, 4]),  # of all candidates, also where fewer are kept
     ],
 )
 def test_lengths_are_those_of_the_rows_before_a_cut(max_history, num_candidates, expected):
     instances = Instances(make_split(DIALOGS), IDS, max_history, 100, num_candidates)
     assert instances.lengths().tolist() == expected
-    built = [instances[i] for i in range(len(instances))]
+    built = list(Instances(make_split(DIALOGS), IDS, max_history, 100))
     assert [len(i.prefix) + max(map(len, i.candidates)) for i in built] == expected
 
 

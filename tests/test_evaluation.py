@@ -1,0 +1,706 @@
+"""The ConvAI2 evaluation against hand-worked cases and against a slow and obvious reference."""
+
+import json
+import math
+import re
+import string
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import convai_evaluation
+from convai_evaluation import (
+    WordModel,
+    evaluate,
+    f1,
+    gold_rank,
+    main,
+    normalize,
+    parse_args,
+    reply_figures,
+    split_words,
+)
+from utils import Instances, batches_by_length, collate, load_dataset
+
+KINDS = ("openai-gpt", "gpt2", "llama")
+PADDED = "bloom"  # its packed rows are not exact: every candidate has a row of its own
+
+
+def dialog(persona: list[str], *utterances: tuple[list[str], list[str]]) -> dict:
+    """A dialog of PersonaChat JSON; utterances are (history, candidates), the gold candidate last."""
+    turns = [{"history": history, "candidates": candidates} for history, candidates in utterances]
+    return {"personality": persona, "utterances": turns}
+
+
+SAID = [
+    "hello , how are you doing today ?",
+    "i'm fine , thanks . i like green .",
+    "do you like rain ?",
+    "i do not like rain , but i like the sea .",
+    "what do you do for a living ?",
+    "i teach music to children .",
+    "that sounds like fun !",
+    "my sister has two cats . don't you ?",
+]
+WRONG = ["what do you do ?", "no", "i love to eat fish .", "my brother drives a red car ."]
+TRAIN = [
+    dialog(["i work as a cook .", "i love fish ."], (["hi there , you"], ["unseen", "i work , and i love to work ."])),
+    dialog([], ([], ["zebra", "hello , how are you ?"])),
+]
+ORDINARY = dialog(
+    ["i have three dogs .", "my favorite color is green ."],
+    *((SAID[:i], [*WRONG[: i - 1], SAID[i]] if i > 1 else [*WRONG, SAID[i]]) for i in (1, 3, 5, 7)),
+)
+ODD = dialog(
+    [],
+    ([], ["hello", "bye now", "Well,hello THERE...how's it going?I'm Ann!"]),  # no persona, no history; unspaced
+    (["x"], ["yes .", "no", ""]),  # an empty reply
+    ([""], ["no", "Zürich?  naïve 42:17 ☃"]),  # letters, digits and signs that the vocabulary never saw
+    (["Hi!", "ok", "HOW are you?"], ["I'm  fine, thanks", "NO!", "I'm FINE , thanks."]),  # gold twice, as text
+    (["well ?"], ["wordless"]),  # gold alone
+)
+DATA = {"train": TRAIN, "valid": [ORDINARY, ODD]}
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`options("--x", 1)` are the arguments of such a command line."""
+
+    def parse(*arguments):
+        base = ["--device", "cpu", "--dataset_cache", tmp_path / "cache.bin"]
+        monkeypatch.setattr(sys, "argv", ["convai_evaluation.py", *map(str, [*base, *arguments])])
+        return parse_args()
+
+    return parse
+
+
+@pytest.fixture
+def splits_of(tmp_path: Path):
+    """`splits_of(data, tokenizer)` are the splits of PersonaChat JSON."""
+
+    def load_splits(data: dict, tokenizer):
+        (tmp_path / "data.json").write_text(json.dumps(data))
+        return load_dataset(str(tmp_path / "data.json"), "", str(tmp_path / "cache.bin"), tokenizer, progress=False)
+
+    return load_splits
+
+
+@pytest.fixture
+def run(load, options, splits_of):
+    """`run(folder, data, "--x", 1)` evaluates: .figures, .results, .ranks, .replies, .split, .tokenizer."""
+
+    def run_evaluation(folder: Path, data: dict, *arguments) -> SimpleNamespace:
+        model, tokenizer = load(folder)
+        splits = splits_of(data, tokenizer)
+        found = evaluate(model, splits, tokenizer, options(*arguments))
+        names = ("figures", "results", "ranks", "replies")
+        return SimpleNamespace(**dict(zip(names, found, strict=True)), split=splits["valid"], tokenizer=tokenizer)
+
+    return run_evaluation
+
+
+@pytest.fixture
+def command(options, capsys):
+    """`command("--x", 1)` runs the script in this process and gives what it wrote: .out and .err."""
+
+    def run_command(*arguments):
+        options(*arguments)
+        main()
+        return capsys.readouterr()
+
+    return run_command
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The reference: the definitions, word for word. Nothing of the project's but the tokenizer's text to ids and back.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> list[str]:
+    """ParlAI's normalised words."""
+    text = "".join(" " if letter in string.punctuation else letter for letter in text.lower())
+    return [word for word in text.split() if word not in ("a", "an", "the")]
+
+
+def parlai_words(text: str) -> list[str]:
+    for mark in ".,;:!?":
+        text = text.replace(mark, f" {mark} ")
+    return text.lower().split()
+
+
+def count_words(data: dict) -> Counter:
+    counts = Counter({"__null__": 0, "__start__": 0, "__end__": 0, "__unk__": 0})
+    for each in [*data["train"], *data["valid"]]:
+        for line in each["personality"]:
+            counts.update(parlai_words("your persona: " + line))
+        for utterance in each["utterances"]:
+            for text in [*utterance["history"][-1:], utterance["candidates"][-1]]:
+                counts.update(parlai_words(text))
+    return counts
+
+
+class Slow:
+    """One unpadded row at a time through transformers' own model of a folder's weights.
+
+    Args:
+        counts: the dictionary with its frequencies.
+        bare: take a word's first token always as at a reply's start, as the original did.
+    """
+
+    def __init__(self, folder: Path, tokenizer, counts: Counter, bare: bool = False):
+        self.lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+        weights = load_file(folder / "model.safetensors")
+        self.summary = weights["multiple_choice_head.summary.weight"][0], weights["multiple_choice_head.summary.bias"]
+        self.ids, self.encode_all, self.decode = tokenizer.ids, tokenizer.encode, tokenizer.decode
+        self.counts, self.bare, self.firsts = counts, bare, {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_all([text])[0]
+
+    def row(self, persona: list[str], history: list[str]) -> tuple[list[int], list[int]]:
+        tokens = [self.ids.bos, *(token for line in persona for token in self.encode(line))]
+        types = [self.ids.speaker1] * len(tokens)
+        kept = history[-5:]  # --max_history 2
+        for i, text in enumerate(kept):
+            speaker = self.ids.speaker2 if (len(kept) - i) % 2 else self.ids.speaker1
+            segment = [speaker, *self.encode(text)]
+            tokens, types = tokens + segment, types + [speaker] * len(segment)
+        return [*tokens, self.ids.speaker1], [*types, self.ids.speaker1]
+
+    @torch.no_grad()
+    def ask(self, prefix: tuple[list[int], list[int]], reply: list[int]) -> tuple[torch.Tensor, float]:
+        """Logits (R + 1, V) at the tokens that predict each of the reply's and the next, and the choice score."""
+        tokens, types = torch.tensor(prefix[0] + reply), torch.tensor(prefix[1] + [self.ids.speaker1] * len(reply))
+        embedding = self.lm.get_input_embeddings()
+        output = self.lm(inputs_embeds=(embedding(tokens) + embedding(types))[None], output_hidden_states=True)
+        weight, bias = self.summary
+        score = output.hidden_states[-1][0, -1] @ weight + bias
+        return output.logits[0, len(prefix[0]) - 1 :].double(), score.item()
+
+    def first_tokens(self, before: str) -> dict[str, int]:
+        """The first token of every dictionary word that stands behind these words."""
+        if before not in self.firsts:
+            known = self.encode(before)
+            longer = self.encode_all([f"{before} {word}".strip() for word in self.counts])
+            tails = {word: ids[len(known) :] for word, ids in zip(self.counts, longer, strict=True)}
+            self.firsts[before] = {word: ids[0] for word, ids in tails.items() if ids}
+        return self.firsts[before]
+
+    def word_nll(self, prefix, reply: str) -> list[float]:
+        found, words = [], parlai_words(reply)
+        for i, word in enumerate(words):
+            if word not in self.counts:
+                continue
+            before = " ".join(words[:i])
+            first = self.first_tokens("" if self.bare else before)
+            total = Counter()
+            for other, token in first.items():
+                total[token] += self.counts[other] + 5
+            p = self.ask(prefix, self.encode(before))[0][-1].softmax(-1).tolist()
+            said = {other: p[token] * (self.counts[other] + 5) / total[token] for other, token in first.items()}
+            found.append(-math.log(said[word] / sum(said.values())))
+        return found
+
+    def token_nll(self, prefix, reply: str) -> list[float]:
+        tokens = [*self.encode(reply), self.ids.eos]
+        logits = self.ask(prefix, tokens[:-1])[0]
+        return [-logits[i].log_softmax(-1)[token].item() for i, token in enumerate(tokens)]
+
+    def rank(self, prefix, candidates: list[str]) -> int:
+        scores = [self.ask(prefix, [*self.encode(text), self.ids.eos])[1] for text in candidates]
+        gold = plain(candidates[-1])
+        best = max(score for score, text in zip(scores, candidates, strict=True) if plain(text) == gold)
+        return sum(score >= best for score, text in zip(scores, candidates, strict=True) if plain(text) != gold)
+
+    def reply(self, prefix) -> str:
+        """Greedy; at least one token, at most twenty."""
+        tokens = []
+        while len(tokens) < 20:
+            logits = self.ask(prefix, tokens)[0][-1]
+            if not tokens:
+                logits[list(self.ids.all)] = -math.inf
+            token = logits.argmax().item()
+            if token in self.ids.all:
+                break
+            tokens.append(token)
+        return self.decode(tokens)
+
+
+def rows_of(slow: Slow, data: dict, split) -> list[tuple]:
+    """(prefix, candidates) of every utterance; where there is only the gold reply, with what was drawn for it."""
+    rows = []
+    for each in data["valid"]:
+        for utterance in each["utterances"]:
+            given, found = utterance["candidates"], split.candidate_texts(len(rows))
+            assert found[-1] == given[-1] and (len(given) == 1 or found == given)
+            rows.append((slow.row(each["personality"], utterance["history"]), found))
+    return rows
+
+
+def f1_by_hand(reply: str, gold: str) -> float:
+    reply, gold = plain(reply), plain(gold)
+    common = sum(min(reply.count(word), gold.count(word)) for word in set(reply))
+    if not common:
+        return 0.0
+    precision, recall = common / len(reply), common / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def perplexity(nlls: list[list[float]]) -> float:
+    flat = [nll for row in nlls for nll in row]
+    return math.exp(sum(flat) / len(flat))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hand-worked cases
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The cat's  on a-mat, AN hour!", "cat s on mat hour"),
+        ("a an the A The", ""),
+        ("another theme ana", "another theme ana"),  # articles only as whole words
+        ("it's_a (test) [x] {y} <z> #1 $2 50% a/b\\c ~`^@&*+=|\"'", "it s test x y z 1 2 50 b c"),
+        ("\t so\n it goes \u00a0", "so it goes"),
+        ("“naïve” – 3 × 4…", "“naïve” – 3 × 4…"),  # ParlAI knows no other punctuation than ASCII's
+    ],
+)
+def test_normalisation(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "expected"),
+    [
+        ("I like the cats.", "i like cats", 1.0),
+        ("cats", "i like cats", 2 * 1 * (1 / 3) / (1 + 1 / 3)),
+        ("no no no", "no , no way", 2 * (2 / 3) * (2 / 3) / (4 / 3)),  # bags: only two of the three are matched
+        ("way no", "no way", 1.0),  # the order does not matter
+        ("dogs", "cats", 0.0),
+        ("", "cats", 0.0),
+        ("cats", "", 0.0),
+        ("the", "a .", 0.0),  # nothing is left of either: no word in common
+    ],
+)
+def test_f1(reply: str, gold: str, expected: float) -> None:
+    assert f1(reply, gold) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hi,I'm ANN.", ["hi", ",", "i'm", "ann", "."]),
+        ("well...no?!", ["well", ".", ".", ".", "no", "?", "!"]),
+        ("at 10:30;ok", ["at", "10", ":", "30", ";", "ok"]),
+        ('a-b (c) "d" e/f', ["a-b", "(c)", '"d"', "e/f"]),  # other signs stay
+        (" \t\n", []),
+    ],
+)
+def test_words(text: str, expected: list[str]) -> None:
+    assert split_words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "texts", "expected"),
+    [
+        ([5.0], ["x"], 0),
+        ([1.0, 2.0], ["x", "gold"], 0),
+        ([2.0, 1.0], ["x", "gold"], 1),
+        ([1.0, 1.0], ["x", "gold"], 1),  # a tie counts against
+        ([1.0, 1.0, 2.0, 1.0], ["x", "y", "z", "gold"], 3),
+        ([1.0, 1.0], ["The GOLD !", "gold."], 0),  # but not one with the same text
+        ([3.0, 2.0, 1.0], ["Gold.", "x", "gold"], 0),  # ParlAI matches by text: the first hit is the gold reply
+        ([3.0, 4.0, 1.0], ["Gold.", "x", "gold"], 1),
+        ([0.0, 0.0, 3.0], ["Gold", "golden", "gold"], 0),
+        ([-1.0, -2.0, -3.0], ["", "x", "the"], 0),  # nothing is left of the gold reply, nor of the first
+        (list(range(20)), [*map(str, range(20))], 0),
+        ([*range(19), 9], [*map(str, range(20))], 10),  # 9 to 18 are no worse
+        ([*range(99, -1, -1)], [*map(str, range(100))], 99),
+    ],
+)
+def test_rank(scores: list[float], texts: list[str], expected: int) -> None:
+    assert gold_rank(np.array(scores, float), texts) == expected
+
+
+class Letters:
+    """A stand-in for a tokenizer whose tokens are letters; inside a reply they are other tokens."""
+
+    def encode(self, words: list[str]) -> list[list[int]]:
+        return [[ord(letter) for letter in word] for word in words]
+
+    def encode_inside(self, words: list[str]) -> list[list[int]]:
+        return [[ord(letter) + 128 for letter in word] for word in words]
+
+
+def test_dictionary_and_its_distribution(dialog_model, load, splits_of) -> None:
+    """Counts and probabilities by hand.
+
+    The dictionary: your 1, persona 1, : 2, a 1, cat 4, car 2, cup 1, ? 1 and four special entries with 0. "dog" and
+    "bird" are distractors; the persona counts once for its dialog, every turn once.
+    """
+    train = dialog(["a cat"], (["Cat: car"], ["dog", "car"]), (["Cat: car", "car", "cup?"], ["dog", "CAT"]))
+    data = {"train": [train], "valid": [dialog([], ([], ["bird", "cat"]))]}
+    words = WordModel(splits_of(data, load(dialog_model("gpt2"))[1]), Letters())
+    special = ["__null__", "__start__", "__end__", "__unk__"]
+    assert sorted(words.words) == sorted(["your", "persona", ":", "a", "cat", "car", "cup", "?", *special])
+    odds = dict.fromkeys("yp:a?_", 1.0) | {"c": 4.0, "z": 50.0}  # no word begins with z: it has no part in the 10
+    shares = {"cat": 0.4 * 9 / 22, "car": 0.4 * 7 / 22, "cup": 0.4 * 6 / 22, "__unk__": 0.1 / 4, ":": 0.1}
+    for inside in (0, 1):
+        logits = torch.full((256,), 3.0)  # nor have these
+        for letter, odd in odds.items():
+            logits[ord(letter) + 128 * inside] = math.log(odd)
+
+        def probability(word: str, logits=logits, inside=inside) -> float:
+            number = torch.tensor([words.words.index(word)])
+            return words.log_probabilities(logits[None], number, inside).exp().item()
+
+        assert {word: probability(word) for word in shares} == pytest.approx(shares)
+        assert sum(map(probability, words.words)) == pytest.approx(1)
+
+
+def test_what_a_person_would_notice(dialog_model, load, splits_of) -> None:
+    history = ["what do you like", "i like tea", "Where do you live?"]
+    persona = ["i like green tea.", "my dog is old."]
+    golds = ["i like tea", "paris", "to where we go", ""]
+    split = splits_of(
+        {"train": [], "valid": [dialog(persona, *(([*history], ["no", gold]) for gold in golds))]},
+        load(dialog_model("gpt2"))[1],
+    )["valid"]
+    replies = ["I like GREEN tea!", "where do you live ?", "so, where do you go", ""]
+    assert reply_figures(replies, split) == pytest.approx(
+        {
+            "f1": (6 / 7 + 0 + 4 / 9 + 0) / 4,
+            "mean_length": (4 + 4 + 5 + 0) / 4,
+            "distinct_1": 10 / 13,
+            "distinct_2": 8 / 10,
+            "questions": 1 / 4,
+            "repeats_utterance": 1 / 4,
+            "repeats_history_3gram": 2 / 4,
+            "repeats_persona": 1 / 4,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Against the reference
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, PADDED])
+def test_every_figure_is_the_references(kind: str, dialog_model, run) -> None:
+    found = run(dialog_model(kind), DATA, "--eval_type", "all", "--no_sample")
+    counts = count_words(DATA)
+    slow = Slow(dialog_model(kind), found.tokenizer, counts)
+    rows = rows_of(slow, DATA, found.split)
+    golds = [candidates[-1] for _, candidates in rows]
+    word_nll = [slow.word_nll(prefix, candidates[-1]) for prefix, candidates in rows]
+    token_nll = [slow.token_nll(prefix, candidates[-1]) for prefix, candidates in rows]
+    ranks = [slow.rank(*row) for row in rows]
+    replies = [slow.reply(prefix) for prefix, _ in rows]
+
+    assert found.ranks == ranks
+    assert found.replies == replies
+    expected = {f"hits@{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10)} | {
+        "f1": np.mean([f1_by_hand(*pair) for pair in zip(replies, golds, strict=True)]),
+        "utterances": len(rows),
+        "dictionary": len(counts),
+        "words": sum(map(len, word_nll)),
+        "tokens": sum(map(len, token_nll)),
+    }
+    assert {name: found.figures[name] for name in expected} == pytest.approx(expected)
+    assert found.figures["token_ppl"] == pytest.approx(perplexity(token_nll), rel=1e-4)
+    assert found.figures["word_ppl"] == pytest.approx(perplexity(word_nll), rel=1e-4)
+
+
+def test_words_outside_the_dictionary_are_context_and_not_scored(dialog_model, run, monkeypatch) -> None:
+    unknown = {"fine", "do", "teach", "well", "ann"}
+    real = convai_evaluation.dictionary_texts
+
+    def without_unknown(splits):
+        for text in real(splits):
+            yield " ".join(word for word in parlai_words(text) if word not in unknown)
+
+    monkeypatch.setattr(convai_evaluation, "dictionary_texts", without_unknown)
+    found = run(dialog_model("gpt2"), DATA, "--eval_type", "ppl")
+    counts = Counter({word: count for word, count in count_words(DATA).items() if word not in unknown})
+    slow = Slow(dialog_model("gpt2"), found.tokenizer, counts)
+    expected = [slow.word_nll(prefix, candidates[-1]) for prefix, candidates in rows_of(slow, DATA, found.split)]
+    assert found.figures["words"] == sum(map(len, expected))
+    assert found.figures["word_ppl"] == pytest.approx(perplexity(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("gpt2", "llama"))
+def test_a_word_inside_a_reply_begins_with_its_space(kind: str, tiny, load, run, splits_of, tmp_path: Path) -> None:
+    """On a model that has learned the replies, the bare first token (the original's way) gives far too much."""
+    model, tokenizer = load(tiny(kind))
+    data = {"train": TRAIN, "valid": [ORDINARY]}
+    instances = Instances(splits_of(data, tokenizer)["valid"], tokenizer.ids, 2, model.limit, num_candidates=1)
+    batch = collate([instances[i] for i in range(len(instances))], tokenizer.ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(30):
+        model(batch).lm_nll.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save(tmp_path)
+    tokenizer.save(tmp_path)
+
+    found = run(tmp_path, data, "--eval_type", "ppl")
+    ours, bare = (Slow(tmp_path, found.tokenizer, count_words(data), bare=bare) for bare in (False, True))
+    rows = rows_of(ours, data, found.split)
+    right, wrong = (perplexity([slow.word_nll(prefix, texts[-1]) for prefix, texts in rows]) for slow in (ours, bare))
+    assert found.figures["word_ppl"] == pytest.approx(right, rel=1e-4)
+    assert right < 10 and wrong > 5 * right
+
+
+def test_any_number_of_candidates(dialog_model, run) -> None:
+    """1 (others are drawn), 2, 20 and 100 candidates, in one dataset and so in one batch."""
+    replies = [f"i like {a} and {b} ." for a in "cats dogs fish rain music tea you".split() for b in range(15)]
+    counts = (20, 1, 100, 2)
+    chosen = [replies[i * n % 5 : i * n % 5 + n - 1] for i, n in enumerate(counts)]
+    utterances = [([f"what {i} ?"], [*chosen[i], f"gold {i} ."]) for i in range(len(counts))]
+    data = {"train": [], "valid": [dialog(["i like fish ."], *utterances)]}
+    found = run(dialog_model("gpt2"), data)
+    slow = Slow(dialog_model("gpt2"), found.tokenizer, Counter())
+    rows = rows_of(slow, data, found.split)
+    assert [len(candidates) for _, candidates in rows] == [20, 4, 100, 2]  # three other replies to draw from
+    assert found.ranks == [slow.rank(*row) for row in rows]
+    assert {k: found.figures[f"hits@{k}"] for k in (1, 5, 10)} == {
+        k: sum(rank < k for rank in found.ranks) / 4 for k in (1, 5, 10)
+    }
+
+
+def test_a_gold_reply_without_rivals_is_a_hit(dialog_model, run) -> None:
+    found = run(dialog_model("gpt2"), {"train": [], "valid": [dialog([], (["hi"], ["hello"]))]}, "--eval_type", "all")
+    assert found.figures["hits@1"] == 1.0
+
+
+def test_a_tie_in_a_model_counts_against(dialog_model, run) -> None:
+    """Other signs that are one token to the model: the same row, so a tie, in whichever place of a batch it stands."""
+    turns = ["hello , how are"[: 4 + i] for i in range(11)]
+    utterances = [([turn], ["the snow ☂", *WRONG[:3], "the snow ☃"]) for turn in turns]
+    data = {"train": [], "valid": [dialog(["i like fish ."], *utterances)]}
+    ranks = {size: run(dialog_model("openai-gpt"), data, "--valid_batch_size", size).ranks for size in (1, 2, 3, 5)}
+    tokenizer = run(dialog_model("openai-gpt"), data, "--limit", 1).tokenizer
+    assert tokenizer.encode(["the snow ☂"]) == tokenizer.encode(["the snow ☃"])  # else there is no tie
+    assert 0 not in sum(ranks.values(), [])
+    assert all(found == ranks[1] for found in ranks.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What figures must not depend on
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_size_and_order_change_nothing(kind: str, dialog_model, run, monkeypatch) -> None:
+    def reversed_batches(*args):
+        loader = batches_by_length(*args)
+        loader.batch_sampler.reverse()
+        return loader
+
+    arguments = ["--eval_type", "all", "--seed", 3]
+    found = {size: run(dialog_model(kind), DATA, *arguments, "--valid_batch_size", size) for size in (1, 4, 64)}
+    monkeypatch.setattr(convai_evaluation, "batches_by_length", reversed_batches)
+    found["reversed"] = run(dialog_model(kind), DATA, *arguments)
+    for other in found.values():
+        assert other.ranks == found[4].ranks
+        assert other.replies == found[4].replies
+        assert other.figures == pytest.approx(found[4].figures, rel=1e-4)
+    assert run(dialog_model(kind), DATA, *arguments[:2], "--seed", 4).replies != found[4].replies  # they are sampled
+
+
+def test_the_order_of_dialogs_changes_nothing(dialog_model, run) -> None:
+    arguments = ["--eval_type", "all", "--no_sample"]
+    data = {"train": TRAIN, "valid": [ORDINARY, ODD | {"utterances": ODD["utterances"][:-1]}]}  # nothing is drawn
+    found = run(dialog_model("gpt2"), data, *arguments)
+    turned = run(dialog_model("gpt2"), data | {"valid": data["valid"][::-1]}, *arguments)
+    assert turned.ranks == found.ranks[4:] + found.ranks[:4]
+    assert turned.figures == pytest.approx(found.figures, rel=1e-4)
+
+
+def test_each_reply_has_its_own_generator(dialog_model, run) -> None:
+    same = (["what do you do ?"], ["no", "yes"])
+    replies = run(dialog_model("gpt2"), {"train": [], "valid": [dialog([], *[same] * 4)]}, "--eval_type", "f1").replies
+    assert len(set(replies)) == 4
+
+
+def test_limit(dialog_model, run) -> None:
+    """The first so many utterances, with the dictionary of all."""
+    whole, some = (run(dialog_model("gpt2"), DATA, "--eval_type", "all", "--limit", n) for n in (0, 3))
+    beyond = run(dialog_model("gpt2"), DATA, "--eval_type", "all", "--limit", 1000)
+    assert beyond.figures == whole.figures
+    assert (some.figures["utterances"], len(some.ranks), len(some.replies)) == (3, 3, 3)
+    assert (some.ranks, some.replies) == (whole.ranks[:3], whole.replies[:3])
+    assert some.figures["dictionary"] == whole.figures["dictionary"]
+    nll, words = whole.results.word_nll[:3].sum(), whole.results.words[:3].sum()
+    assert some.figures["word_ppl"] == pytest.approx(math.exp(nll / words), rel=1e-4)
+
+
+LONG = dialog(["i like fish ."], (["hello there , friend . " * 12], [WRONG[0] * 3, "yes , i do ."]))  # > 128 tokens
+
+
+@pytest.mark.parametrize("extra", [[], [LONG]], ids=["short", "cut"])
+def test_figures_asked_for_alone_are_those_of_all(extra: list[dict], dialog_model, run) -> None:
+    data = DATA | {"valid": [*DATA["valid"], *extra]}
+    whole = run(dialog_model("gpt2"), data, "--eval_type", "all").figures
+    seen = set()
+    for kind, name in (("hits@1", "hits@1"), ("ppl", "word_ppl"), ("f1", "f1")):
+        part = run(dialog_model("gpt2"), data, "--eval_type", kind).figures
+        assert part == pytest.approx({key: whole[key] for key in part}, rel=1e-4)
+        assert name in part and not (seen & part.keys())
+        seen |= part.keys() - {"utterances"}
+    assert seen == whole.keys() - {"utterances"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("sentences", "arguments"),
+    [(0, ["--max_length", 150, "--min_length", 150]), (40, [])],
+    ids=["long reply", "long persona"],
+)
+def test_a_reply_ends_where_the_model_does(kind: str, sentences: int, arguments: list, dialog_model, run) -> None:
+    """128 tokens is all that these models take, prefix and reply together."""
+    data = {"train": [], "valid": [dialog(["i like fish ."] * sentences, (["hi"], ["yes", "no"])), ORDINARY]}
+    found, other = (
+        run(dialog_model(kind), data, "--eval_type", "f1", *arguments, "--valid_batch_size", size) for size in (1, 64)
+    )
+    size = len(found.tokenizer.encode(["i like fish ."])[0])
+    persona = min(sentences, 124 // size) * size  # whole sentences, leaving a token for the reply
+    assert 0 < (found.results.replies[0] > 0).sum() <= 128 - 2 - persona  # <bos> and the reply's speaker
+    assert found.replies == other.replies
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command and its report
+# ------------------------------------------------------------------------------------------------------------
+
+
+def final_lines(figures: dict[str, float]) -> list[str]:
+    lines = {
+        "hits@1": ("FINAL Hits@1: {:.3f}", r"FINAL Hits@1: [01]\.\d{3}"),
+        "word_ppl": ("FINAL PPL: {:.1f}", r"FINAL PPL: \d+\.\d"),
+        "f1": ("FINAL F1: {:.3f}", r"FINAL F1: [01]\.\d{3}"),
+    }
+    found = [(line.format(figures[key]), pattern) for key, (line, pattern) in lines.items() if key in figures]
+    assert all(re.fullmatch(pattern, line) for line, pattern in found)
+    return [line for line, _ in found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finals"),
+    [([], 1), (["--eval_type", "ppl"], 1), (["--eval_type", "f1"], 1), (["--eval_type", "all"], 3)],
+    ids=["default", "ppl", "f1", "all"],
+)
+def test_final_lines(arguments: list[str], finals: int, dialog_model, command, tmp_path: Path) -> None:
+    """They end the output; Hits@1, the default, is its last line."""
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    output = tmp_path / "report.json"
+    base = ["--model_checkpoint", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--output", output]
+    written = command(*base, *arguments)
+    expected = final_lines(json.loads(output.read_text())["figures"])
+    assert len(expected) == finals
+    assert [line for line in written.out.splitlines() if "FINAL" in line] == expected
+    assert written.out.splitlines()[-finals:] == expected
+    assert "replies/s" in written.err  # the progress bar's rate
+
+
+def test_table_names_the_published_figures(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    arguments = ["--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"]
+    table = command(*arguments, "--limit", 8).out
+    published = ("80.7", "16.28", "19.5", "> 79", "20.5", "16.5", "71.5")
+    assert [figure for figure in published if figure not in table] == []
+    assert all(re.search(f"(?i)ppl per {unit}", table) for unit in ("word", "token"))
+
+
+def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    output, predictions = tmp_path / "report.json", tmp_path / "predictions.jsonl"
+    command(
+        *("--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"),
+        *("--output", output, "--predictions", predictions, "--limit", 8, "--top_k", 7, "--seed", 5),
+    )
+    report = json.loads(output.read_text())
+    figures = report["figures"]
+    noticed = {"mean_length", "distinct_1", "distinct_2", "questions"}
+    noticed |= {"repeats_utterance", "repeats_history_3gram", "repeats_persona"}
+    counts = {"utterances", "words", "tokens", "dictionary"}
+    assert figures.keys() == {"hits@1", "hits@5", "hits@10", "word_ppl", "token_ppl", "f1"} | noticed | counts
+    assert figures["utterances"] == 8
+    expected = {"limit": 8, "top_k": 7, "seed": 5, "eval_type": "all", "model": str(dialog_model("gpt2"))}
+    assert report["settings"] == report["settings"] | expected
+    assert report["versions"]["torch"] == torch.__version__ and "transformers" in report["versions"]
+
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    given = [(each, turn) for each in DATA["valid"] for turn in each["utterances"]][:8]
+    assert len(lines) == len(given)
+    for line, (each, turn) in zip(lines, given, strict=True):
+        assert (line["persona"], line["history"]) == (each["personality"], turn["history"])
+        assert (line["candidates"], line["gold"]) == (turn["candidates"], turn["candidates"][-1])
+        assert line["rank"] == 1 + gold_rank(np.array(line["scores"]), line["candidates"])
+        assert math.isfinite(sum(line["scores"])) and len(line["scores"]) == len(line["candidates"])
+    assert figures["hits@1"] == pytest.approx(np.mean([line["rank"] == 1 for line in lines]))
+    assert figures["f1"] == pytest.approx(np.mean([f1_by_hand(line["reply"], line["gold"]) for line in lines]))
+
+
+def parlai_text(dialogs: list[dict]) -> str:
+    lines = []
+    for each in dialogs:
+        texts = [f"your persona: {line}" for line in each["personality"]]
+        for turn in each["utterances"]:
+            cells = [turn["history"][-1], turn["candidates"][-1]]
+            texts.append("\t".join(cells + (["", "|".join(turn["candidates"])] if turn["candidates"][1:] else [])))
+        lines += [f"{i} {text}" for i, text in enumerate(texts, 1)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["candidates", "no candidates"])
+@pytest.mark.parametrize("train", [TRAIN, []], ids=["training data", "validation data alone"])
+def test_parlai_text_is_as_good_as_json(bare: bool, train: list[dict], dialog_model, command, tmp_path: Path) -> None:
+    """Validation data alone counts once in the dictionary, as JSON with an empty training split does."""
+    first, last = (1, 3), (5, 7)
+    valid = [
+        dialog(persona, *((SAID[:i], [SAID[i]] if bare else [*WRONG, SAID[i]]) for i in turns))
+        for persona, turns in ((ORDINARY["personality"], first), (["i love fish ."], last))
+    ]
+    for each in valid:  # ParlAI's history begins with the dialog
+        start = len(each["utterances"][0]["history"]) - 1
+        for turn in each["utterances"]:
+            turn["history"] = turn["history"][start:]
+    files = {name: tmp_path / name for name in ("data.json", "train.json", "valid.txt")}
+    files["data.json"].write_text(json.dumps({"train": train, "valid": valid}))
+    files["train.json"].write_text(json.dumps(train))
+    files["valid.txt"].write_text(parlai_text(valid))
+    as_text = ["--valid_path", files["valid.txt"], *(["--dataset_path", files["train.json"]] if train else [])]
+    found = {}
+    for name, source in (("json", ["--dataset_path", files["data.json"]]), ("text", as_text)):
+        output, predictions = tmp_path / f"{name}.report", tmp_path / f"{name}.jsonl"
+        base = ["--model", dialog_model("gpt2"), "--eval_type", "all", "--output", output]
+        command(*base, *source, "--predictions", predictions)
+        lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+        keys = ("persona", "history", "gold", "reply", "rank")
+        found[name] = [[line[key] for key in keys] for line in lines], json.loads(output.read_text())["figures"]
+        candidates = [line["candidates"] for line in lines]
+        assert all(len(texts) == len(set(texts)) == (4 if bare else 5) for texts in candidates)
+    assert found["text"][0] == found["json"][0]
+    assert found["text"][1] == pytest.approx(found["json"][1], rel=1e-6)
+
+
+def test_bf16_gives_nearly_the_same(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    found = []
+    for extra in ([], ["--bf16"]):
+        base = ["--model", dialog_model("llama"), "--dataset_path", tmp_path / "data.json", "--eval_type", "ppl"]
+        command(*base, "--output", tmp_path / "report.json", *extra)
+        found.append(json.loads((tmp_path / "report.json").read_text())["figures"])
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[1]["token_ppl"] != found[0]["token_ppl"]

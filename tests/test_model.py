@@ -1,0 +1,517 @@
+"""The double-head model against transformers' own classes: forward, gradients, loading and saving."""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2DoubleHeadsModel,
+    OpenAIGPTDoubleHeadsModel,
+)
+
+from model import gold_ranks, load_model
+from utils import Instance, ModelFiles, UserError, collate, load_tokenizer
+
+DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
+PACKED = ("openai-gpt", "gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "cohere", "granite", "opt", "gpt_neox")
+PADDED = ("bloom", "mpt", "gpt_neo", "mamba")
+
+# (length of the prefix, lengths of the candidates) of each row in a batch.
+ONE_SHAPE = [(9, [4, 6])] * 2
+RAGGED = [(9, [3, 5]), (4, [1, 2, 6]), (14, [4]), (3, [7, 1])]
+WIDE = [(60, [15] * 6), (5, [2])]  # packed, the first row is longer than any model here takes; unpacked, it is not
+
+
+def make_instances(ids, shapes) -> list[Instance]:
+    """Rows of random tokens of these shapes, each candidate with <eos> behind it."""
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 200, (count,)).tolist()
+
+    def speakers(count: int) -> list[int]:
+        return [(ids.speaker1, ids.speaker2)[choice] for choice in torch.randint(2, (count,)).tolist()]
+
+    return [
+        Instance(tokens(prefix), speakers(prefix), [[*tokens(size - 1), ids.eos] for size in candidates])
+        for prefix, candidates in shapes
+    ]
+
+
+def padded_rows(instances: list[Instance], ids) -> dict[str, torch.Tensor]:
+    """Instances with equally many candidates as the (B, N, T) arguments of a double-heads class of transformers."""
+    rows = [[(i.prefix, i.token_types, reply) for reply in i.candidates] for i in instances]
+    width = max(len(prefix) + len(reply) for row in rows for prefix, _, reply in row)
+
+    def pad(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (width - len(values))
+
+    def label(n: int, row: list) -> list[int]:
+        prefix, _, reply = row[n]
+        gold = n == len(row) - 1
+        return pad([-100] * len(prefix) + reply, -100) if gold else [-100] * width
+
+    return {
+        "input_ids": torch.tensor([[pad(prefix + reply, ids.pad) for prefix, _, reply in row] for row in rows]),
+        "token_type_ids": torch.tensor(
+            [[pad(types + [ids.speaker1] * len(reply), ids.pad) for _, types, reply in row] for row in rows]
+        ),
+        "mc_token_ids": torch.tensor([[len(prefix) + len(reply) - 1 for prefix, _, reply in row] for row in rows]),
+        "labels": torch.tensor([[label(n, row) for n in range(len(row))] for row in rows]),
+        "mc_labels": torch.tensor([len(row) - 1 for row in rows]),
+    }
+
+
+def double_heads(model, kind: str):
+    """transformers' own double-heads model with the weights of ours: every name and shape must be the same."""
+    hf = DOUBLE_HEADS[kind](model.lm.config)
+    hf.load_state_dict(model.lm.state_dict())
+    return hf.eval()
+
+
+def double_heads_losses(hf, instances: list[Instance], ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Language-modelling and multiple-choice loss of a whole batch: rows with equally many candidates at a time."""
+    groups = defaultdict(list)
+    for instance in instances:
+        groups[len(instance.candidates)].append(instance)
+    lm_sum, mc_sum, labelled = 0, 0, 0
+    for group in groups.values():
+        rows = padded_rows(group, ids)
+        output = hf(**rows)
+        count = int((rows["labels"] != -100).sum())
+        lm_sum, labelled = lm_sum + output.loss * count, labelled + count
+        mc_sum = mc_sum + output.mc_loss * len(group)
+    return lm_sum / labelled, mc_sum / len(instances)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Forward and backward
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", [ONE_SHAPE, RAGGED], ids=["one shape", "ragged"])
+@pytest.mark.parametrize("kind", DOUBLE_HEADS)
+def test_losses_and_gradients_are_those_of_transformers_double_heads(kind, shapes, dialog_model, load):
+    model, tokenizer = load(dialog_model(kind))
+    hf = double_heads(model, kind)
+    instances = make_instances(tokenizer.ids, shapes)
+    batch = collate(instances, tokenizer.ids)
+
+    output = model(batch)
+    lm_loss = output.lm_nll.mean()
+    mc_loss = F.cross_entropy(output.mc_logits, batch.n_candidates - 1)
+    (lm_loss + mc_loss).backward()
+    hf_lm_loss, hf_mc_loss = double_heads_losses(hf, instances, tokenizer.ids)
+    (hf_lm_loss + hf_mc_loss).backward()
+
+    torch.testing.assert_close(lm_loss, hf_lm_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mc_loss, hf_mc_loss, rtol=1e-5, atol=1e-5)
+    ours, theirs = dict(model.lm.named_parameters()), dict(hf.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in theirs.items():
+        distance = (ours[name].grad - parameter.grad).norm()
+        # The bias of the choice head moves all candidates alike: but for rounding its gradient is zero.
+        assert distance <= 1e-4 * parameter.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("shapes", [RAGGED, WIDE], ids=["ragged", "wide"])
+@pytest.mark.parametrize("kind", [*PACKED, *PADDED])
+def test_forward_is_that_of_plain_rows_one_at_a_time(kind, shapes, dialog_model, load):
+    model, tokenizer = load(dialog_model(kind))
+    ids = tokenizer.ids
+    plain = AutoModelForCausalLM.from_pretrained(dialog_model(kind)).eval()
+    instances = make_instances(ids, shapes)
+    batch = collate(instances, ids)
+    expected_nll, expected_scores = [], torch.full((len(instances), max(len(c) for _, c in shapes)), float("-inf"))
+    with torch.no_grad():
+        output = model(batch)
+        for row, instance in enumerate(instances):
+            for n, reply in enumerate(instance.candidates):
+                tokens = torch.tensor([instance.prefix + reply])
+                types = torch.tensor([instance.token_types + [ids.speaker1] * len(reply)])
+                embeds = plain.get_input_embeddings()(tokens) + plain.get_input_embeddings()(types)
+                hidden = plain.base_model(inputs_embeds=embeds)[0][0, -1]
+                expected_scores[row, n] = model.lm.multiple_choice_head.summary(hidden)
+            # the last candidate is the gold one
+            logits = plain(inputs_embeds=embeds).logits[0, len(instance.prefix) - 1 : -1]
+            expected_nll.append(F.cross_entropy(logits, torch.tensor(reply), reduction="none"))
+
+    torch.testing.assert_close(output.lm_nll, torch.cat(expected_nll), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.mc_logits, expected_scores, rtol=1e-4, atol=1e-4)
+    assert model.packed == (kind in PACKED)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_rows_have_the_hidden_states_of_padded_rows(kind, dialog_model, load):
+    model, tokenizer = load(dialog_model(kind))
+    batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
+    with torch.no_grad():
+        packed, padded = model._hidden_packed(batch), model._hidden_padded(batch)
+    real = batch.segments >= 0
+    torch.testing.assert_close(packed[real], padded[real], rtol=1e-4, atol=1e-4)
+
+
+def test_an_architecture_without_packing_is_named(tiny, load, caplog):
+    caplog.set_level("INFO")
+    load(tiny("bloom"))
+    assert "bloom: packed rows are not exact for it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scores, rank",
+    [([1.0, 2.0, 3.0], 0), ([4.0, 2.0, 3.0], 1), ([4.0, 5.0, 3.0], 2), ([3.0, 2.0, 3.0], 1)],
+    ids=["best", "second", "last", "a tie is no hit"],
+)
+def test_gold_ranks(scores, rank, tiny, load):
+    model, tokenizer = load(tiny("gpt2"))
+    batch = collate(make_instances(tokenizer.ids, [(4, [2, 2, 2]), (4, [2])]), tokenizer.ids)
+    output = model(batch)
+    output.mc_logits = torch.tensor([scores, [-9.0, float("-inf"), float("-inf")]])  # absent candidates never count
+    assert gold_ranks(output, batch).tolist() == [rank, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints that the original toolkit wrote
+# ------------------------------------------------------------------------------------------------------------
+
+OLD_SIZES = {"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+OLD_CONFIG = {
+    "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "finetuning_task": None,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "num_labels": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "pruned_heads": {},
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "torchscript": False,
+}
+OLD_OPENAI = {"afn": "gelu", "n_special": 0, "predict_special_tokens": True}
+OF_2020 = {
+    "bos_token_id": None,
+    "eos_token_ids": None,
+    "pad_token_id": None,
+    "do_sample": False,
+    "is_decoder": False,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "num_beams": 1,
+    "output_past": True,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "use_bfloat16": False,
+}
+OLD_CONFIGS = [
+    pytest.param("openai-gpt", OLD_OPENAI, id="openai-gpt of 2019"),
+    pytest.param(
+        "openai-gpt",
+        OLD_OPENAI | OF_2020 | {"model_type": "openai-gpt", "architectures": ["OpenAIGPTDoubleHeadsModel"]},
+        id="openai-gpt of 2020",
+    ),
+    pytest.param("gpt2", {}, id="gpt2 of 2019"),
+    pytest.param(
+        "gpt2", OF_2020 | {"model_type": "gpt2", "architectures": ["GPT2DoubleHeadsModel"]}, id="gpt2 of 2020"
+    ),
+]
+
+
+def write_legacy(folder: Path, tiny_folder: Path, kind: str, keys: dict):
+    """A fine-tuned checkpoint as the original toolkit left it; transformers' own model with its weights."""
+    folder.mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((tiny_folder / name).read_bytes())
+    base = len(json.loads((folder / "vocab.json").read_text()))
+    added = {token: base + n for n, token in enumerate(["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"])}
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    special["unk_token"] = "<unk>" if kind == "openai-gpt" else "<|endoftext|>"
+    special["additional_special_tokens"] = ["<speaker1>", "<speaker2>"]
+    sizes = OLD_SIZES | {"vocab_size": base + 5}
+    config = OLD_CONFIG | keys | sizes | {"vocab_size_or_config_json_file": base}
+    for name, content in [
+        ("added_tokens.json", added),
+        ("special_tokens_map.json", special),
+        ("tokenizer_config.json", {}),
+        ("config.json", config),
+    ]:
+        (folder / name).write_text(json.dumps(content))
+    torch.save({"lr": 6.25e-5}, folder / "model_training_args.bin")
+
+    hf = DOUBLE_HEADS[kind](AutoConfig.for_model(kind, initializer_range=0.2, **sizes)).eval()
+    weights = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    assert "lm_head.weight" in weights and "multiple_choice_head.summary.weight" in weights
+    causal = torch.ones(64, 64).tril().view(1, 1, 64, 64)
+    weights |= {f"transformer.h.{layer}.attn.bias": causal for layer in range(2)}
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    return hf, list(added.values())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind, keys", OLD_CONFIGS)
+def test_legacy_checkpoint(kind, keys, tiny, tmp_path, load, capfd, caplog):
+    caplog.set_level("INFO")
+    hf, special = write_legacy(tmp_path, tiny(kind), kind, keys)
+    model, tokenizer = load(tmp_path)
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+    ids = tokenizer.ids
+    assert [ids.bos, ids.eos, ids.pad, ids.speaker1, ids.speaker2] == special
+    assert tokenizer.fine_tuned and tokenizer.pre_tokenizer == {"openai-gpt": "basic"}.get(kind)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    words = ["i</w>", "do</w>"] if kind == "openai-gpt" else ["i", "Ġdo"]
+    assert tokenizer.encode(["i do"]) == [[vocabulary[word] for word in words]]
+
+    instances = make_instances(ids, ONE_SHAPE)
+    rows = padded_rows(instances, ids)
+    with torch.no_grad():
+        expected = hf(**rows)
+        output = model(collate(instances, ids))
+        embeds = model.embed(rows["input_ids"].flatten(0, 1), rows["token_type_ids"].flatten(0, 1))
+        lm_logits = model.lm_logits(model.body(inputs_embeds=embeds)[0]).view_as(expected.logits)
+    torch.testing.assert_close(lm_logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.mc_logits, expected.mc_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.lm_nll.mean(), expected.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_loading_a_legacy_checkpoint_prints_nothing(tiny, tmp_path):
+    """In a process of its own: handlers that libraries made before a test began write past pytest's capture."""
+    folders = [str(tmp_path / kind) for kind in DOUBLE_HEADS]
+    for kind in DOUBLE_HEADS:
+        write_legacy(tmp_path / kind, tiny(kind), kind, OLD_OPENAI if kind == "openai-gpt" else {})
+    script = (
+        "import logging, sys, torch\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "from utils import find_model, load_tokenizer\n"
+        "from model import load_model\n"
+        "for folder in sys.argv[1:]:\n"
+        "    files = find_model(folder)\n"
+        "    load_model(files, load_tokenizer(files), torch.device('cpu'))\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", script, *folders], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("kind", DOUBLE_HEADS)
+def test_folder_that_todays_double_heads_class_saved(kind, dialog_model, tmp_path, load):
+    """Of the tied pair OpenAIGPTDoubleHeadsModel stores lm_head.weight alone, and the embedding must come from it."""
+    model, tokenizer = load(dialog_model(kind))
+    tokenizer.save(tmp_path)
+    hf = double_heads(model, kind)
+    hf.save_pretrained(tmp_path)
+    if kind == "openai-gpt":
+        assert "transformer.tokens_embed.weight" not in load_file(tmp_path / "model.safetensors")
+
+    again, _ = load(tmp_path)
+    torch.testing.assert_close(again.lm.get_input_embeddings().weight, hf.get_input_embeddings().weight)
+    batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
+    with torch.no_grad():
+        torch.testing.assert_close(again(batch).lm_nll, model(batch).lm_nll)
+        torch.testing.assert_close(again(batch).mc_logits, model(batch).mc_logits)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading and saving
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*PACKED, *PADDED])
+def test_loading_keeps_what_was_pretrained(kind, tiny, load):
+    plain = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
+    model, tokenizer = load(tiny(kind))
+    tokens = torch.randint(10, 200, (2, 7))
+    with torch.no_grad():
+        expected = plain(tokens).logits
+        logits = model.lm_logits(model.body(input_ids=tokens)[0])
+    assert logits.shape[-1] == len(tokenizer) == plain.config.vocab_size + 5
+    torch.testing.assert_close(logits[..., :-5], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama", "gpt_neox", "gpt_neo", "mamba"])
+def test_saved_folder_loads_in_plain_transformers_and_here(kind, tiny, tmp_path, load):
+    model, tokenizer = load(tiny(kind))
+    ids = tokenizer.ids
+    model.save(tmp_path)
+    tokenizer.save(tmp_path)
+    assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert not list(tmp_path.glob(".saving*"))
+
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    for config in (plain.config, plain.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (ids.bos, ids.eos, ids.pad)
+    tokens = torch.randint(10, 200, (2, 7))
+    again, _ = load(tmp_path)
+    batch = collate(make_instances(ids, RAGGED), ids)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(tokens).logits, model.lm(tokens).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(batch).mc_logits, model(batch).mc_logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(batch).lm_nll, model(batch).lm_nll, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama"])
+def test_folder_with_only_a_config_is_trained_from_scratch(kind, make_model, tmp_path):
+    make_model(tmp_path, kind, weights=False)
+    for file in tmp_path.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    files = ModelFiles(tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer; train it first"):
+        load_tokenizer(files)
+    tokenizer = load_tokenizer(files, texts=lambda: ["i like cats .", "do you like dogs ?"])
+    with pytest.raises(UserError, match="holds no weights; train it first"):
+        load_model(files, tokenizer, torch.device("cpu"))
+    model = load_model(files, tokenizer, torch.device("cpu"), from_scratch=True)
+    assert model.lm.get_input_embeddings().num_embeddings == len(tokenizer) == model.lm.config.vocab_size
+    batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
+    assert model(batch).lm_nll.isfinite().all()
+
+
+# The names of a Llama's tensors in transformers and in a .gguf file.
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "lm_head": "output",
+}
+
+
+def write_gguf(path: Path, folder: Path) -> None:
+    """A Llama folder as one .gguf file, the way llama.cpp's converter writes it."""
+    config = json.loads((folder / "config.json").read_text())
+    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads["q_proj"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for part, count in heads.items():
+            if part in name:  # llama.cpp pairs a head's neighbours for its rotation, transformers its halves
+                tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        for theirs, short in GGUF_NAMES.items():
+            name = name.replace(theirs, short)
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_is_a_plain_model(tiny, tmp_path, load):
+    write_gguf(tmp_path / "llama.gguf", tiny("llama"))
+    model, tokenizer = load(tmp_path / "llama.gguf")
+    original, original_tokenizer = load(tiny("llama"))
+    texts = ["do you like dogs ?", "don't <eos>"]
+    assert tokenizer.encode(texts) == original_tokenizer.encode(texts)
+    assert tokenizer.ids == original_tokenizer.ids
+    tokens = torch.randint(10, 200, (2, 7))
+    with torch.no_grad():
+        expected = original.lm(tokens).logits[..., :-5]  # but for the special tokens, which are new in both
+        torch.testing.assert_close(model.lm(tokens).logits[..., :-5], expected, rtol=1e-5, atol=1e-5)
+
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    model.save(saved)
+    plain = AutoModelForCausalLM.from_pretrained(saved).eval()
+    assert not hasattr(plain.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, model.lm(tokens).logits, rtol=1e-5, atol=1e-5)
+    model.half()  # transformers refuses it to a model that it loaded from a .gguf file itself
+
+
+class Malice:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+def drop_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shrink_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"n_embd": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut_file(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def not_causal(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+
+
+def plant_malice(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Malice(folder / "run")}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (drop_tensor, "lack 1 tensors, such as transformer.h.1.mlp.c_fc.weight"),
+        (shrink_config, "cannot load the weights"),
+        (cut_file, "cannot load the weights"),
+        (not_causal, "a t5 model is not a causal language model"),
+        (plant_malice, "cannot load the weights"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_a_users_error(damage, message, make_model, tmp_path, load):
+    folder = make_model(tmp_path / "gpt2", "gpt2")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+    assert not (folder / "run").exists(), "a checkpoint ran code of its own"
+
+
+def test_surplus_tensors_are_named(make_model, tmp_path, load, caplog):
+    folder = make_model(tmp_path / "gpt2", "gpt2")
+    weights = load_file(folder / "model.safetensors") | {"adapter.weight": torch.ones(2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load(folder)
+    assert "such as adapter.weight" in caplog.text
