@@ -1,9 +1,18 @@
-"""Talk to a fine-tuned model in the terminal."""
+"""Talk to a fine-tuned model in the terminal, or with --web in a browser."""
 
 import argparse
+import contextlib
+import glob
+import importlib.util
+import json
+import os
 import random
+import shutil
+import signal
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from utils import (
@@ -13,10 +22,15 @@ from utils import (
     add_decoding_options,
     add_model_options,
     check_device,
+    check_message,
     find_finetuned_model,
+    is_record,
     load_personas,
     load_tokenizer,
     log,
+    number,
+    printable,
+    read_dataset,
     run_script,
     set_seed,
 )
@@ -30,7 +44,23 @@ def parse_args() -> argparse.Namespace:
     persona.add_argument("--personality", action="append", help="a sentence of the persona; can be repeated")
     persona.add_argument("--personality_file", help="a text file with a sentence of the persona in each line")
     parser.add_argument("--seed", type=int, default=42, help="of persona and replies (0: other ones on each run)")
-    return parser.parse_args()
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--transcript", help="a JSON lines file to which each turn is added, as training data")
+    place.add_argument("--web", action="store_true", help="a chat page and an OpenAI-compatible endpoint, not a prompt")
+    web = parser.add_argument_group("with --web")
+    web.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine's")
+    web.add_argument("--port", type=number(int, 0, 65535), default=7860, help="0: any free one")
+    web.add_argument("--max_queue", type=number(int, 1), default=16, help="replies that may wait; more are refused")
+    web.add_argument("--share", action="store_true", help="also a public link, through Gradio's server")
+    args = parser.parse_args()
+    if args.web and importlib.util.find_spec("gradio") is None:
+        raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Personas
+# ------------------------------------------------------------------------------------------------------------
 
 
 def choose_persona(args: argparse.Namespace) -> list[str]:
@@ -38,27 +68,47 @@ def choose_persona(args: argparse.Namespace) -> list[str]:
     if args.personality:
         return args.personality
     if args.personality_file:
-        try:
-            lines = Path(args.personality_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read --personality_file {args.personality_file}: {error}; expected UTF-8 text"
-            ) from error
-        return [line.strip() for line in lines if line.strip()]
+        return read_persona(args.personality_file, "--personality_file")
     try:
         return random.choice(load_personas(args.dataset_path))
     except UserError as error:
         raise UserError(f"{error}; or give a persona with --personality 'i like cats.'") from error
 
 
+def read_persona(name: str, option: str) -> list[str]:
+    """The lines of a text file, for the option or command that named it."""
+    try:
+        lines = Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def box(title: str, lines: list[str]) -> str:
+    """Lines in a frame that is open to the right, wrapped to the terminal's width."""
+    width = min(shutil.get_terminal_size().columns, 80)
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    top, side, bottom, dash = "╭│╰─" if unicode else "+|+-"
+    body = [f"{side} {part}" for line in lines for part in textwrap.wrap(printable(line), width - 2)]
+    edge = max(map(len, [title + "  ", *body]))
+    return "\n".join([f"{top}{dash} {title} ".ljust(edge, dash), *body, bottom + dash * (edge - 1)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is typed
+# ------------------------------------------------------------------------------------------------------------
+
+
 def typed_lines() -> Iterator[str]:
-    """What the user says, line by line until Ctrl-D; a prompt and a history of lines at a terminal only."""
+    """What the user says, line by line until Ctrl-D; a prompt, a history of lines and completion at a terminal only."""
     terminal = sys.stdin.isatty()
     if terminal:
         try:
-            import readline  # noqa: F401 - importing it gives input() arrow keys and history
+            import readline  # gives input() arrow keys and history
         except ImportError:  # Windows has none; input() has line editing of its own there
             pass
+        else:
+            complete_with(readline)
     while True:
         try:
             line = input(">>> " if terminal else "")
@@ -69,9 +119,258 @@ def typed_lines() -> Iterator[str]:
         if line.strip():
             yield line.strip()
         elif terminal:
-            print("Please type something (Ctrl-D ends the chat).")
+            print("Please type something (/help lists the commands, Ctrl-D ends the chat).")
         else:
             print()  # a line per turn: an empty one has an empty reply
+
+
+def complete_with(readline) -> None:
+    """Let the tab key complete commands, their arguments and file names."""
+
+    def complete(word: str, count: int) -> str | None:
+        before = readline.get_line_buffer()[: readline.get_begidx()].split()
+        return [*completions(before, word), None][count]
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+def completions(before: list[str], word: str) -> list[str]:
+    """What the last word of a command may become, after the words before it."""
+    if before in (["/save"], ["/load"], ["/persona", "set"]):
+        paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
+        return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
+    parser = Parser("")
+    add_decoding_options(parser)
+    choices = {
+        (): sorted({usage.split()[0] for usage in COMMANDS}) if word.startswith("/") else [],
+        ("/persona",): ["add", "set", "random"],
+        ("/set",): list(vars(parser.parse_args([]))),
+        ("/set", "no_sample"): ["on", "off"],
+        ("/set", "rerank"): ["mc", "lm", "both"],
+    }.get(tuple(before), [])
+    return [choice + " " for choice in choices if choice.startswith(word)]
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C in the body sets what the given function tells, so that no computation is torn; a second one raises."""
+    pressed = []
+
+    def press(*_) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is kept
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Transcript:
+    """A JSON lines file, each turn of the chat a line: a reply with its persona and history, for training."""
+
+    def __init__(self, name: str):
+        try:
+            self.file = open(Path(name).expanduser(), "a+b")
+            self.file.seek(0)
+            first = self.file.readline()
+        except OSError as error:
+            raise UserError(f"cannot write --transcript {name}: {error.strerror}; choose a file you can") from error
+        if first.strip() and not is_record(first):
+            raise UserError(f"--transcript {name} holds something else; expected a new file or dialogs in JSON lines")
+        self.starts: list[int] = []  # of the lines of this chat
+
+    def add(self, chat) -> None:
+        *history, reply = chat.said
+        record = {"personality": chat.persona, "utterances": [{"history": history, "candidates": [reply]}]}
+        end = self.file.seek(0, os.SEEK_END)
+        if end:
+            self.file.seek(end - 1)
+            if self.file.read(1) != b"\n":
+                self.file.write(b"\n")
+        self.starts.append(end)
+        self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self.file.flush()
+
+    def take_back(self) -> None:
+        """Drop the last line: its turn was undone."""
+        if self.starts:
+            self.file.truncate(self.starts.pop())
+
+
+def last_dialog(name: str) -> tuple[list[str], list[str]]:
+    """Persona and utterances of the last dialog in a file of any format that the toolkit reads."""
+    last = None
+    for dialogs in read_dataset(str(Path(name).expanduser())).values():
+        for dialog in dialogs:
+            last = dialog
+    if last is None:
+        raise UserError(f"{name} holds no dialog; choose another file")
+    replies = last.utterances[-1:]
+    return last.personality, [text for reply in replies for text in (*reply.history, reply.candidates[-1])]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The chat
+# ------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "/help": "show this",
+    "/persona": "show the bot's persona",
+    "/persona add TEXT": "add a sentence to it",
+    "/persona set FILE": "take the lines of a text file",
+    "/persona random": "draw one from the dataset",
+    "/reset": "forget what was said",
+    "/undo": "take back the last message and its reply",
+    "/retry": "another reply to the last message",
+    "/candidates": "the alternatives of the last reply, best first, with their scores",
+    "/set": "show the decoding options",
+    "/set OPTION VALUE": "change one, as in /set temperature 0.9",
+    "/save FILE": "write this chat as training data",
+    "/load FILE": "go on with the last dialog in a file",
+    "/quit": "end the chat, like Ctrl-D",
+}
+
+
+class Terminal:
+    """A chat with a person at a terminal: lines that begin with / are commands, methods named do_... here."""
+
+    def __init__(self, chat, transcript: Transcript | None, dataset: str):
+        self.chat, self.transcript, self.dataset = chat, transcript, dataset
+        self.saved: set[Path] = set()
+
+    def run(self) -> None:
+        self.show_persona()
+        print("Type a message, or /help for what else you can do.")
+        for line in typed_lines():
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    if line.split()[0] == "/quit":
+                        return
+                    self.command(*line.split(None, 1))
+                else:
+                    self.say(check_message(line.removeprefix("/") if line.startswith("//") else line))
+            except UserError as error:
+                print(error)
+
+    def command(self, name: str, rest: str = "") -> None:
+        action = getattr(self, "do_" + name[1:], None)
+        if action is None:
+            names = " ".join(sorted({usage.split()[0] for usage in COMMANDS}))
+            raise UserError(f"no command {printable(name)}; there are {names} (// begins a text with /)")
+        action(rest.strip())
+
+    def say(self, text: str) -> None:
+        """Print the reply to `text` as it is made."""
+        turns = len(self.chat.turns)
+        with interrupts() as stopped:
+            for piece in self.chat.stream(text, stopped):
+                print(piece, end="", flush=True)
+        print("" if len(self.chat.turns) > turns else "(stopped before the first word; the message is forgotten)")
+        if self.transcript and len(self.chat.turns) > turns:
+            self.transcript.add(self.chat)
+
+    def show_persona(self) -> None:
+        print(box("Persona", self.chat.persona or ["(none)"]))
+
+    def take_back(self) -> str:
+        """Drop the last turn; what the user said in it."""
+        if not self.chat.turns or self.chat.turns[-1].text is None:
+            raise UserError("there is no message yet; type one")
+        if self.transcript:
+            self.transcript.take_back()
+        return self.chat.turns.pop().text
+
+    def do_help(self, _: str) -> None:
+        for usage, what in COMMANDS.items():
+            print(f"{usage:18} {what}")
+        print("A line that begins with // is text that begins with /. Ctrl-C stops a reply; at the prompt, the chat.")
+
+    def do_persona(self, rest: str) -> None:
+        action, _, value = rest.partition(" ")
+        value = value.strip()
+        if action == "add" and value:
+            self.chat.persona = [*self.chat.persona, check_message(value)]
+        elif action == "set" and value:
+            self.chat.persona = read_persona(value, "/persona set")
+        elif rest == "random":
+            self.chat.persona = random.choice(load_personas(self.dataset))
+        elif rest:
+            raise UserError("expected /persona, /persona add TEXT, /persona set FILE or /persona random")
+        self.show_persona()
+
+    def do_reset(self, _: str) -> None:
+        self.chat.turns = []
+        if self.transcript:
+            self.transcript.starts = []  # what was said stays there
+        print("Forgotten; the persona is kept.")
+
+    def do_undo(self, _: str) -> None:
+        print(f"Taken back: {printable(self.take_back())}")
+
+    def do_retry(self, _: str) -> None:
+        self.say(self.take_back())
+
+    def do_candidates(self, _: str) -> None:
+        if not self.chat.turns or not self.chat.turns[-1].candidates:
+            raise UserError("there is no reply with alternatives yet; type a message")
+        print("   head  log-likelihood per token")
+        for text, reply in self.chat.turns[-1].candidates:
+            print(f"{reply.mc:7.2f} {reply.lm:6.2f}  {text}")
+        if self.chat.decoding.n_replies == 1:
+            print("Only one is drawn: /set n_replies 8 draws eight and gives the best.")
+
+    def do_set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        options = asdict(self.chat.decoding)
+        if name and (value or name not in options):
+            self.chat.decoding = self.chat.decoding.changed(name, value.strip())
+            options = asdict(self.chat.decoding)
+        for option in [name] if name else options:
+            value = options[option]
+            print(f"{option} {('off', 'on')[value] if isinstance(value, bool) else value}")
+
+    def do_save(self, name: str) -> None:
+        path = Path(name).expanduser()
+        if not name or (path.exists() and path not in self.saved):
+            raise UserError(f"{name} exists; choose another name" if name else "expected /save FILE")
+        record = self.chat.record()
+        try:
+            path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(f"cannot write {name}: {error.strerror}; choose a file you can") from error
+        self.saved.add(path)
+        print(f"Saved {len(self.chat.said)} utterances in {name}")
+
+    def do_load(self, name: str) -> None:
+        if not name:
+            raise UserError("expected /load FILE")
+        self.chat.persona, dialog = last_dialog(name)
+        self.chat.resume(dialog)
+        if self.transcript:
+            self.transcript.starts = []
+        self.show_persona()
+        for turn in self.chat.turns[-3:]:
+            print("" if turn.text is None else f"> {printable(turn.text)}", printable(turn.reply), sep="\n")
+
+
+def answer_lines(chat, transcript: Transcript | None) -> None:
+    """A line per turn in, a line per reply out: every line is text."""
+    log.info("Persona: " + " ".join(map(printable, chat.persona)))
+    for line in typed_lines():
+        print(chat.reply(line), flush=True)
+        if transcript:
+            transcript.add(chat)
 
 
 def main() -> None:
@@ -80,19 +379,28 @@ def main() -> None:
     seed = args.seed or random.SystemRandom().randrange(1, 2**31)
     set_seed(seed)
     persona = choose_persona(args)
+    transcript = Transcript(args.transcript) if args.transcript else None
 
     from model import Conversation, Decoding, load_model  # heavy: after all that can be told to be wrong at once
 
+    decoding = Decoding.from_args(args)
     files = find_finetuned_model(args.model)
     tokenizer = load_tokenizer(files, args.pre_tokenizer)
     model = load_model(files, tokenizer, device)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs, so expect nonsense; train it with train.py")
-    log.info("Persona: " + " ".join(persona))
-    chat = Conversation(model, tokenizer, persona, Decoding.from_args(args), args.max_history, seed)
+    if args.web:
+        from web import serve
+
+        serve(args, model, tokenizer, persona, decoding, seed)
+        return
+    chat = Conversation(model, tokenizer, persona, decoding, args.max_history, seed)
+    sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not
     try:
-        for line in typed_lines():
-            print(chat.reply(line), flush=True)
+        if sys.stdin.isatty():
+            Terminal(chat, transcript, args.dataset_path).run()
+        else:
+            answer_lines(chat, transcript)
     except KeyboardInterrupt:
         pass  # Ctrl-C ends the chat like Ctrl-D
     if sys.stdin.isatty():

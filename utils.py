@@ -147,6 +147,50 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="sample among the likeliest tokens that together reach this probability (<= 0: off)",
     )
+    parser.add_argument("--n_replies", type=number(int, 1, 64), default=1, help="draw this many and take the best")
+    parser.add_argument(
+        "--rerank",
+        choices=["mc", "lm", "both"],
+        default="both",
+        help="the best by the multiple-choice head, by likelihood per token, or by the sum of both (log-probabilities)",
+    )
+    parser.add_argument(
+        "--no_repeat_ngram",
+        type=number(int, 0),
+        default=0,
+        help="never a sequence of this many tokens that the reply or the history already holds (0: off)",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=number(float, 1.0, 10.0),
+        default=1.0,
+        help="above 1: tokens that the reply or the history already holds are less likely (Keskar et al. 2019)",
+    )
+
+
+class LineParser(Parser):
+    """A parser of what is typed while the program runs: a mistake is a `UserError`."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def decoding_option(name: str, text: str):
+    """The value of the decoding option `name` from what was typed.
+
+    Raises:
+        UserError: there is no such option, or it has no such value; it says what is possible.
+    """
+    parser = LineParser("decoding options")
+    add_decoding_options(parser)
+    defaults = vars(parser.parse_args([]))
+    if name not in defaults:
+        raise UserError(f"no option '{name}'; there are {', '.join(defaults)}")
+    if not isinstance(defaults[name], bool):
+        return getattr(parser.parse_args([f"--{name}={text}"]), name)
+    if text.lower() not in ("on", "off", "true", "false"):
+        raise UserError(f"{name}: expected on or off, found '{text}'")
+    return text.lower() in ("on", "true")
 
 
 def check_device(name: str) -> torch.device:
@@ -642,9 +686,17 @@ class DialogTokenizer:
         return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
 
     def decode(self, ids: list[int]) -> str:
-        """Text as people write it, without special tokens."""
+        """Text as people write it, without special tokens and control characters."""
+        return detokenize(self._raw(ids))
+
+    def decode_start(self, ids: list[int]) -> str:
+        """The start of `decode(ids + more)` that is the same whatever ids come behind: what can be shown already."""
+        raw = self._raw(ids).rstrip("\ufffd")  # the first bytes of a character
+        return os.path.commonprefix([detokenize(raw + more) for more in CONTINUATIONS])
+
+    def _raw(self, ids: list[int]) -> str:
         ids = [i for i in ids if i not in self.ids.all]
-        return detokenize(self.hf.decode(ids, clean_up_tokenization_spaces=False))
+        return printable(self.hf.decode(ids, clean_up_tokenization_spaces=False))
 
     def fingerprint(self) -> str:
         """Changes whenever the ids of some text could change."""
@@ -762,6 +814,32 @@ def detokenize(text: str) -> str:
     for pattern, replacement in DETOKENIZE:
         text = pattern.sub(replacement, text)
     return text.strip()
+
+
+# What a text may go on with, to bring each rule of DETOKENIZE about; a text's start that is the same before all of
+# them is settled.
+CONTINUATIONS = ["", "x", " x", "t", " t", "'t", "' t", " ' t", "n't", " n't", "n ' t", " n ' t"]
+CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "', ")", " )", "]", " ]"]
+# Control characters, and those that turn the direction of writing around; white space stays.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text that cannot command a terminal: without control characters."""
+    return UNPRINTABLE.sub("", text)
+
+
+MAX_MESSAGE = 2000  # characters that a person may say at once: about a page, and more than a model sees
+
+
+def check_message(text: str) -> str:
+    """`text` as it can be answered. Raises UserError where it is empty or too long."""
+    text = text.strip()
+    if not text:
+        raise UserError("the message is empty; type something")
+    if len(text) > MAX_MESSAGE:
+        raise UserError(f"the message has {len(text)} characters; expected at most {MAX_MESSAGE}, so shorten it")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------

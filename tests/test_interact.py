@@ -1,0 +1,578 @@
+"""The chat: a conversation's replies, the terminal driven through a pseudo-terminal, and pipes."""
+
+import functools
+import json
+import os
+import random
+import re
+import select
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import interact
+from model import Conversation, Decoding, Generation, PrefixCache, Reply, generate_replies, rank, repeating
+from utils import (
+    MAX_MESSAGE,
+    UserError,
+    build_prefix,
+    check_message,
+    decoding_option,
+    load_personas,
+    printable,
+    read_dataset,
+)
+
+ROOT = Path(interact.__file__).parent
+PERSONA = ["i teach music to children .", "my favorite color is green ."]
+MESSAGES = ["hello , how are you ?", "what do you do ?", "i like fish .", "do you like rain ?", "my sister has cats ."]
+
+
+@pytest.fixture(scope="module")
+def loaded(dialog_model, load):
+    """`loaded(kind)` is a tiny model and its tokenizer, loaded once."""
+    return functools.cache(lambda kind: load(dialog_model(kind)))
+
+
+@pytest.fixture
+def converse(loaded):
+    """`converse(kind, max_history=2, kept=None, **decoding)` is a conversation with a tiny model."""
+
+    def start(kind: str, max_history: int = 2, kept: PrefixCache | None = None, **decoding) -> Conversation:
+        return Conversation(*loaded(kind), PERSONA, Decoding(**decoding), max_history, 1, kept)
+
+    return start
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The cache that is kept across turns
+# ------------------------------------------------------------------------------------------------------------
+
+
+class NothingKept(PrefixCache):
+    """Every prefix is computed whole."""
+
+    def keep(self, *_) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama", "qwen3", "gemma2", "opt", "bloom"])
+@pytest.mark.parametrize("max_history", [1, 9])
+@pytest.mark.parametrize("decoding", [{"no_sample": True}, {"n_replies": 3, "temperature": 1.5}])
+def test_kept_cache_gives_the_replies_of_a_whole_computation(converse, kind: str, max_history: int, decoding) -> None:
+    kept = converse(kind, max_history, max_length=8, **decoding)
+    anew = converse(kind, max_history, NothingKept(), max_length=8, **decoding)
+    for message in MESSAGES:
+        assert kept.reply(message) == anew.reply(message)
+        # The replies of a random model may be alike whatever it saw; their scores are not.
+        for (_, one), (_, other) in zip(kept.turns[-1].candidates, anew.turns[-1].candidates, strict=True):
+            assert (one.lm, one.mc) == pytest.approx((other.lm, other.mc), abs=1e-4)
+    assert len({turn.candidates[0][1].mc for turn in kept.turns}) == len(MESSAGES)
+
+
+@pytest.mark.parametrize("n_replies", [1, 4])
+def test_only_the_new_part_of_a_conversation_is_computed(converse, n_replies: int) -> None:
+    chat = converse("openai-gpt", max_history=9, max_length=6, n_replies=n_replies)
+    widths: list[int] = []
+    hook = chat.model.body.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for message in MESSAGES:
+        del widths[:]
+        chat.reply(message)
+        new = len(chat.tokenizer.encode([message])[0]) + 2 + 1  # two speakers, and the last token drawn before
+        assert len(chat.turns) == 1 or widths[0] <= new
+        assert set(widths[1:]) == {1}
+    hook.remove()
+
+
+def test_kept_rows_are_shared_by_beginning_not_by_conversation(converse) -> None:
+    shared = PrefixCache(2)
+    one = converse("gpt2", 9, shared, no_sample=True, max_length=6)
+    two = converse("gpt2", 9, shared, no_sample=True, max_length=6)
+    two.persona = ["i love the sea ."]
+    alone = converse("gpt2", 9, NothingKept(), no_sample=True, max_length=6)
+    alone.persona = two.persona
+    for message in MESSAGES:
+        one.reply(message)
+        assert two.reply(message[::-1]) == alone.reply(message[::-1])
+        assert two.turns[-1].candidates[0][1].mc == pytest.approx(alone.turns[-1].candidates[0][1].mc, abs=1e-4)
+    assert len(shared.kept) == 2
+
+
+def test_cache_is_not_used_beyond_an_edited_persona_or_an_undone_turn(converse) -> None:
+    chat = converse("llama", 9, no_sample=True, max_length=6)
+    for message in MESSAGES[:3]:
+        chat.reply(message)
+    chat.turns.pop()
+    chat.persona = ["i love the sea .", *PERSONA]
+    anew = converse("llama", 9, NothingKept(), no_sample=True, max_length=6)
+    anew.turns, anew.persona = list(chat.turns), chat.persona
+    assert chat.reply(MESSAGES[3]) == anew.reply(MESSAGES[3])
+    assert chat.turns[-1].candidates[0][1].mc == pytest.approx(anew.turns[-1].candidates[0][1].mc, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Better replies
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "llama", "bloom"])
+@torch.no_grad()
+def test_scores_are_those_of_the_two_heads(converse, kind: str) -> None:
+    chat = converse(kind, n_replies=5, max_length=7, temperature=1.5)
+    chat.reply(MESSAGES[0])
+    generation = chat.generation(MESSAGES[1])
+    for _ in generation:
+        pass
+    (tokens, types), (replies,) = generation.prefixes[0], generation.finish()
+    eos = chat.model.ids.eos
+    for reply in replies:
+        row = [*tokens, *reply.tokens, eos]
+        speakers = [*types, *[chat.model.ids.speaker1] * (len(reply.tokens) + 1)]
+        hidden = chat.model.body(
+            inputs_embeds=chat.model.embed(torch.tensor([row]), torch.tensor([speakers])), use_cache=False
+        )[0][0]
+        assert float(chat.model.lm.multiple_choice_head(hidden[-1])) == pytest.approx(reply.mc, abs=1e-4)
+        likelihoods = chat.model.lm_logits(hidden).log_softmax(-1)
+        labels = [*reply.tokens, *[eos] * reply.complete]
+        at = torch.arange(len(tokens) - 1, len(tokens) - 1 + len(labels))
+        if not reply.complete:  # one that ended did so at any special token
+            assert float(likelihoods[at, labels].mean()) == pytest.approx(reply.lm, abs=1e-4)
+
+
+def test_best_reply_is_given_and_alternatives_are_remembered(converse) -> None:
+    chat = converse("openai-gpt", n_replies=8, rerank="mc", max_length=5, temperature=1.5)
+    pieces = list(chat.stream(MESSAGES[0]))
+    (turn,) = chat.turns
+    assert "".join(pieces) == turn.reply == turn.candidates[0][0]
+    scores = [reply.mc for _, reply in turn.candidates]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    assert len({text for text, _ in turn.candidates}) == len(turn.candidates)
+
+
+def test_generate_replies_takes_the_best_of_each_prefix(converse) -> None:
+    """A row's reply depends on its own prefix and generator, not on what else is in the batch."""
+    chat = converse("gpt2")
+    ids = chat.model.ids
+    encode = chat.tokenizer.encode
+    prefixes = [build_prefix(chat.persona_ids, encode(MESSAGES[:n]), ids) for n in (1, 3, 2)]
+    decoding = Decoding(n_replies=6, max_length=6, temperature=1.5, min_length=6)
+
+    def generators(seeds: list[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = generate_replies(chat.model, prefixes, decoding, generators([1, 2, 3]))
+    alone = [generate_replies(chat.model, [prefixes[i]], decoding, generators([i + 1]))[0] for i in range(3)]
+    assert together == alone
+    first = [
+        generate_replies(chat.model, [prefixes[i]], replace(decoding, n_replies=1), generators([i + 1]))[0]
+        for i in range(3)
+    ]
+    assert together != first
+
+
+def test_rank() -> None:
+    a, b, c = (Reply([i], True, lm, mc) for i, (lm, mc) in enumerate([(-1.0, 0.5), (-3.0, 2.0), (-0.5, 0.5)]))
+    assert rank([a, b, c], "mc") == [b, c, a]
+    assert rank([a, b, c], "lm") == [c, a, b]
+    assert rank([a, b, c], "both") == [c, a, b]
+    assert rank([a, replace(b, mc=4.0), c], "both")[0].mc == 4.0
+
+
+def test_repeating() -> None:
+    assert repeating([1, 2, 3, 1, 2, 4], [9, 1, 2], 3) == {3, 4}
+    assert repeating([1, 2, 3], [1], 3) == set(), "a sequence is not counted across the start of the reply"
+    assert repeating([1, 2], [3, 4, 3], 2) == {4}
+    assert repeating([1, 2], [3], 1) == {1, 2, 3}
+    assert repeating([7], [1, 1], 3) == set()
+    assert repeating([7], [1, 1, 1], 3) == {1}
+
+
+def sequences(tokens: list[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def test_no_repeat_ngram_counts_reply_and_history_but_not_the_persona(converse) -> None:
+    plain = converse("gpt2", no_sample=True, max_length=20, min_length=20)
+    barred = converse("gpt2", no_sample=True, max_length=20, min_length=20, no_repeat_ngram=2)
+    for chat in (plain, barred):
+        chat.resume(["my sister has two cats", "i like the sea and the sea likes me"])
+        chat.reply("i like the sea")
+    history = [sequences(ids, 2) for turn in barred.turns for ids in turn.ids]
+    own = history.pop()
+    assert len(own) == len(set(own)) and not set(own) & {pair for pairs in history for pair in pairs}
+    own = sequences(plain.turns[-1].ids[-1], 2)
+    assert len(own) > len(set(own)), "the model does not repeat itself, so this test shows nothing"
+    # The persona may be said: the model, made to say it, still can.
+    generation = barred.generation("hi")
+    persona = [token for sentence in barred.persona_ids for token in sentence]
+    assert not set(sequences(persona, 3)) & set(sequences(generation.said[0], 3))
+
+
+def test_repetition_penalty_makes_used_tokens_less_likely(converse) -> None:
+    chat = converse("gpt2", repetition_penalty=2.0, no_sample=True)
+    generation = chat.generation("i like the sea")
+    used = chat.tokenizer.encode(["i like the sea"])[0]
+    logits = torch.zeros(1, len(chat.tokenizer))
+    logits[0, used[0]], logits[0, used[1]], logits[0, 5] = 3.0, -1.0, 2.0
+    assert 5 not in used
+    assert generation._draw(logits, 1) == [5]
+    assert logits[0, used[0]] == 3.0, "the model's own logits, which scores are made of, are changed"
+
+
+def test_greedy_decoding_of_several_replies_is_refused() -> None:
+    with pytest.raises(UserError, match="n_replies"):
+        Decoding(no_sample=True, n_replies=2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_pieces_are_the_whole_text(converse) -> None:
+    """Over real sentences, quotes and brackets: what was shown is never taken back."""
+    texts = [
+        text
+        for dialogs in read_dataset(str(ROOT / "data" / "sample.json")).values()
+        for dialog in dialogs
+        for text in dialog.personality + [utterance.candidates[-1] for utterance in dialog.utterances]
+    ]
+    texts = random.Random(0).sample(texts, 150) + [
+        "i don't , i 'm , they ' ll , do n ' t . . . can't ! ? 50 %",
+        'he said " yes " , ( not no ) and [ so ] on " open',
+        "it 's x 'sad n 'to n ' to ' twas ' re",
+    ]
+    for kind in ("openai-gpt", "gpt2"):
+        chat = converse(kind)
+        for text in texts:
+            ids = chat.tokenizer.encode([text])[0]
+            starts = [chat.tokenizer.decode_start(ids[:i]) for i in range(len(ids) + 1)]
+            whole = chat.tokenizer.decode(ids)
+            assert all(whole.startswith(start) for start in starts), (kind, text)
+            if not set(text) & set("\"(['"):
+                assert len(starts[-1]) >= len(whole) - 2, "text is held back for no reason"
+
+
+def test_replies_come_piece_by_piece(converse) -> None:
+    chat = converse("gpt2", max_length=12, min_length=12)
+    pieces = list(chat.stream(MESSAGES[0]))
+    assert len(pieces) == 13 and sum(bool(piece) for piece in pieces) > 3
+    assert "".join(pieces) == chat.turns[0].reply
+
+
+def test_stopped_reply_is_kept_as_far_as_it_came(converse) -> None:
+    chat = converse("openai-gpt", max_length=12, min_length=12)
+    whole = converse("openai-gpt", max_length=12, min_length=12)
+    whole.reply(MESSAGES[0])
+    count = iter(range(100))
+    "".join(chat.stream(MESSAGES[0], lambda: next(count) == 4))
+    assert chat.turns[0].ids[1] == whole.turns[0].ids[1][:5]
+    chat.reply(MESSAGES[1])
+    assert len(chat.turns) == 2
+
+
+def test_stopped_before_the_first_word_is_no_turn(converse) -> None:
+    chat = converse("gpt2", max_length=12, min_length=12)
+    generation = Generation.__iter__
+
+    def nothing(self):
+        for column in generation(self):
+            for reply in self.replies:
+                del reply.tokens[:]  # as if only the first byte of a character were there
+            yield column
+
+    Generation.__iter__ = nothing
+    try:
+        assert "".join(chat.stream(MESSAGES[0], lambda: True)) == ""
+    finally:
+        Generation.__iter__ = generation
+    assert chat.turns == []
+
+
+def test_control_characters_are_not_printed() -> None:
+    assert printable("a\x1b[2Jb\x07\x9b1m\u202ec\x00\x7f") == "a[2Jb1mc"
+    assert printable("caf\u00e9 \U0001f469\u200d\U0001f373 \u4f60\n") == "caf\u00e9 \U0001f469\u200d\U0001f373 \u4f60\n"
+
+
+def test_control_characters_of_a_reply_are_stripped(converse) -> None:
+    chat = converse("gpt2")
+    ids = chat.tokenizer.encode(["a \x1b]0;title\x07 b"])[0]
+    assert chat.tokenizer.decode(ids) == "a ]0;title b"
+
+
+def test_typed_special_tokens_are_text(converse) -> None:
+    chat = converse("openai-gpt")
+    generation = chat.generation("<eos> <speaker1> hi")
+    tokens = generation.prefixes[0][0]
+    assert chat.model.ids.eos not in tokens
+    assert tokens.count(chat.model.ids.speaker1) == 1
+
+
+def test_messages_are_bounded() -> None:
+    assert check_message(" a ") == "a"
+    with pytest.raises(UserError, match=f"{MAX_MESSAGE + 1} characters.*{MAX_MESSAGE}"):
+        check_message("x" * (MAX_MESSAGE + 1))
+    with pytest.raises(UserError, match="empty"):
+        check_message("  ")
+
+
+def test_decoding_options_typed_in_the_chat() -> None:
+    assert decoding_option("temperature", "0.5") == 0.5
+    assert decoding_option("no_sample", "on") is True and decoding_option("no_sample", "off") is False
+    assert decoding_option("top_k", "-1") == -1
+    for name, text, said in [
+        ("temperature", "hot", "number"),
+        ("temperature", "", "number"),
+        ("top_p", "2", "at most 1"),
+        ("no_sample", "maybe", "on or off"),
+        ("rerank", "dice", "mc.*lm.*both"),
+        ("heat", "1", "temperature"),
+        ("temp", "1", "no option"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            decoding_option(name, text)
+    assert Decoding().changed("n_replies", "8").n_replies == 8
+
+
+def test_completion() -> None:
+    assert interact.completions([], "/re") == ["/reset ", "/retry "]
+    assert interact.completions([], "//") == interact.completions([], "he") == []
+    assert "temperature " in interact.completions(["/set"], "t")
+    assert interact.completions(["/set", "rerank"], "") == ["mc ", "lm ", "both "]
+    assert interact.completions(["/persona"], "r") == ["random "]
+
+
+def test_completion_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a1.txt").touch()
+    (tmp_path / "a2").mkdir()
+    assert interact.completions(["/load"], f"{tmp_path}/a") == [f"{tmp_path}/a1.txt", f"{tmp_path}/a2/"]
+
+
+def test_persona_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    lines = interact.box(
+        "Persona", ["i like cats.", "a long sentence of many more words than fit \x1b[2J."]
+    ).splitlines()
+    assert "Persona" in lines[0] and all(len(line) <= 30 for line in lines) and "\x1b" not in "".join(lines)
+    text = " ".join(line[2:] for line in lines[1:-1])
+    assert text == "i like cats. a long sentence of many more words than fit [2J."
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is kept
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"dialog": ["hi", "hello"]}')  # an earlier dialog, without an end of line
+    chat = converse("gpt2", max_length=4)
+    transcript = interact.Transcript(str(path))
+    for message in ["one", "two", "three"]:
+        chat.reply(message)
+        transcript.add(chat)
+    transcript.take_back()
+    chat.turns.pop()
+    dialogs = list(read_dataset(str(path))["all"])
+    assert len(dialogs) == 3
+    (utterance,) = dialogs[-1].utterances
+    assert [*utterance.history, *utterance.candidates] == chat.said
+    assert dialogs[-1].personality == PERSONA
+    assert interact.last_dialog(str(path)) == (PERSONA, chat.said)
+
+
+def test_transcript_is_not_written_into_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("buy milk\n")
+    with pytest.raises(UserError, match="something else"):
+        interact.Transcript(str(path))
+    assert path.read_text() == "buy milk\n"
+    with pytest.raises(UserError, match="cannot write"):
+        interact.Transcript(str(tmp_path / "none" / "chats.jsonl"))
+
+
+@pytest.mark.parametrize("dialog", [["hi", "hello", "how are you", "fine"], ["hello", "hi", "how are you"], []])
+def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
+    chat = converse("gpt2")
+    chat.resume(dialog)
+    assert chat.said == dialog
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(chat.record()) + "\n")
+    assert interact.last_dialog(str(path)) == (PERSONA, dialog)
+    generation = chat.generation("next")
+    assert generation.prefixes[0] == build_prefix(
+        chat.persona_ids, chat.tokenizer.encode([*dialog, "next"]), chat.model.ids
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The program itself
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """interact.py at a pseudo-terminal."""
+
+    def __init__(self, *args: str | Path):
+        import pty
+
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.environ.update(TERM="dumb", COLUMNS="200", CUDA_VISIBLE_DEVICES="")
+            os.execv(sys.executable, [sys.executable, str(ROOT / "interact.py"), *map(str, args)])
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def until(self, pattern: str, seconds: float = 90) -> str:
+        """What is shown up to and with `pattern`; the next call goes on behind it."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.text)):
+            ready, _, _ = select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"no {pattern!r} in {self.text!r}"
+            try:
+                new = os.read(self.terminal, 65536).decode(errors="replace")
+            except OSError:  # Linux's way to say that the other side is closed
+                new = ""
+            assert new, f"ended without {pattern!r}: {self.text!r}"
+            self.text += new.replace("\r", "")
+        shown, self.text = self.text[: match.end()], self.text[match.end() :]
+        return shown
+
+    def say(self, text: str) -> str:
+        """Type a line; what is shown before the next prompt."""
+        self.type(text + "\n")
+        self.until(re.escape(text) + r"\n")
+        return self.until(">>> ")[: -len("\n>>> ")]
+
+    def end(self) -> int:
+        """The exit status."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if select.select([self.terminal], [], [], 0.1)[0]:
+                try:
+                    self.text += os.read(self.terminal, 65536).decode(errors="replace").replace("\r", "")
+                except OSError:
+                    time.sleep(0.1)
+        raise AssertionError(f"it does not end: {self.text!r}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
+    transcript, saved, persona = tmp_path / "chats.jsonl", tmp_path / "saved.jsonl", tmp_path / "persona.txt"
+    persona.write_text("i live on a boat .\nmy cat can swim .\n")
+    options = ["--model", dialog_model("gpt2"), "--dataset_path", ROOT / "data" / "sample.json", "--max_length", "8"]
+    screen = Screen(*options, "--personality", "i like tea .", "--transcript", transcript, "--temperature", "1.5")
+    shown = screen.until(">>> ")
+    assert re.search(r"─ Persona ─.*\n│ i like tea \.\n╰─", shown) and "/help" in shown
+
+    assert all(command in screen.say("/help") for command in interact.COMMANDS)
+    assert "i am tall ." in screen.say("/persona add i am tall .")
+    assert re.search(r"no command /dance; there are .*/candidates.*/undo", screen.say("/dance"))
+    assert "expected" in screen.say("/persona paint")
+    assert "no message yet" in screen.say("/retry")
+    assert "no such dataset" in screen.say(f"/load {tmp_path}/none")
+
+    first = screen.say("hello")
+    again = screen.say("/retry")
+    assert first and again and first != again
+    assert screen.say("/undo") == "Taken back: hello"
+    assert transcript.read_bytes() == b""
+    slash = screen.say("//etc is a folder")
+    assert "no command" not in slash
+    assert json.loads(transcript.read_text())["utterances"] == [
+        {"history": ["/etc is a folder"], "candidates": [slash]}
+    ]
+
+    assert screen.say("/set temperature 0.9") == "temperature 0.9"
+    assert "found 'hot'" in screen.say("/set temperature hot")
+    assert "min_length" in screen.say("/set heat 1")
+    assert "temperature 0.9" in screen.say("/set")
+    assert "/set n_replies 8" in screen.say("/candidates")
+    screen.say("/set n_replies 4")
+    best = screen.say("how are you ?")
+    candidates = screen.say("/candidates").splitlines()[1:]
+    assert 1 < len(candidates) <= 4
+    assert re.fullmatch(r" *-?\d+\.\d\d +-\d+\.\d\d  (.*)", candidates[0]).group(1).strip() == best.strip()
+
+    assert "4 utterances" in screen.say(f"/save {saved}")
+    assert "exists" in screen.say(f"/save {persona}")
+    assert "Forgotten" in screen.say("/reset")
+    assert "my cat can swim ." in screen.say(f"/persona set {persona}")
+    sample = {sentence for each in load_personas(str(ROOT / "data" / "sample.json")) for sentence in each}
+    drawn = [line[2:] for line in screen.say("/persona random").splitlines()[1:-1]]
+    assert drawn and set(drawn) <= sample
+    shown = screen.say(f"/load {saved}")
+    assert "i am tall ." in shown and "> /etc is a folder" in shown and slash in shown and best in shown
+
+    screen.type("/cand\t")
+    screen.until("/candidates ")
+    screen.type("\n")
+    assert "no reply with alternatives" in screen.until(">>> ")
+    screen.type("/quit\n")
+    assert screen.end() == 0
+    assert len(transcript.read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+def test_ctrl_c_stops_a_reply_and_ends_the_chat_at_the_prompt(make_model, load, tmp_path: Path) -> None:
+    model, tokenizer = load(make_model(tmp_path / "base", "openai-gpt", n_positions=6000))
+    model.save(tmp_path)
+    tokenizer.save(tmp_path)
+    long = ["--max_length", "20000", "--min_length", "20000"]
+    screen = Screen("--model", tmp_path, "--personality", "i talk .", *long)
+    screen.until(">>> ")
+    screen.type("hello\n")
+    screen.until(r"hello\n.{20}")  # it streams: this is long before the end
+    screen.type("\x03")
+    screen.until(r"\n>>> ", 30)
+    assert len(screen.say("/candidates").splitlines()) >= 2
+    screen.type("x" * (MAX_MESSAGE + 1) + "\n")  # its echo is wrapped
+    screen.until(r"characters; expected at most[^\n]*\n>>> ")
+    assert "type something" in screen.say("").lower()
+    screen.type("\x03")
+    assert screen.end() == 0
+    assert "Traceback" not in screen.text
+
+
+def run(*args: str | Path, lines: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "interact.py"), *map(str, args)],
+        input=lines,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) -> None:
+    """Commands are for terminals: in a pipe every line is text, and only replies are written."""
+    transcript = tmp_path / "chats.jsonl"
+    options = ["--model", dialog_model("gpt2"), "--personality", "i like tea .", "--n_replies", "3"]
+    lines = "hello\n\n/quit\n//x\n"
+    ended = run(*options, "--no_repeat_ngram", "3", "--transcript", transcript, lines=lines)
+    assert ended.returncode == 0, ended.stderr
+    replies = ended.stdout.splitlines()
+    assert len(replies) == 4 and replies[1] == "" and all(replies[i] for i in (0, 2, 3))
+    assert "Persona: i like tea ." in ended.stderr
+    histories = [json.loads(line)["utterances"][0]["history"] for line in transcript.read_text().splitlines()]
+    assert histories[-1] == ["hello", replies[0], "/quit", replies[2], "//x"]
+
+
+def test_wrong_options_are_one_line(dialog_model) -> None:
+    for options in (["--n_replies", "3", "--no_sample"], ["--no_repeat_ngram", "-1"], ["--rerank", "dice"]):
+        ended = run("--model", dialog_model("gpt2"), "--personality", "hi", *options)
+        assert ended.returncode == 2 and ended.stdout == ""
+        assert re.fullmatch(r"error: .+\n", ended.stderr)

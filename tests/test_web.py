@@ -1,0 +1,328 @@
+"""The chat page in a real browser, and the endpoint with OpenAI's own client. Skipped where these are missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio", reason="pip install -r requirements-web.txt")
+
+import interact
+from utils import MAX_MESSAGE, read_dataset
+
+ROOT = Path(interact.__file__).parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def serve(make_model, load, tmp_path_factory):
+    """`serve(*options)` starts `interact.py --web` with a tiny model that can talk for long; its address."""
+    folder = tmp_path_factory.mktemp("web")
+    model, tokenizer = load(make_model(folder / "base", "openai-gpt", n_positions=6000))
+    model.save(folder)
+    tokenizer.save(folder)
+    processes = []
+
+    def start(*options: str) -> str:
+        command = [sys.executable, str(ROOT / "interact.py"), "--model", str(folder), "--web", "--port", "0"]
+        command += ["--personality", "i like tea .", "--dataset_path", str(ROOT / "data" / "sample.json"), *options]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"endpoint: (http.*)/v1", line):
+                threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never blocks
+                return found.group(1)
+        raise AssertionError("".join(lines))
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def address(serve) -> str:
+    return serve("--max_queue", "2", "--max_length", "12", "--min_length", "12", "--top_p", "0")
+
+
+@pytest.fixture
+def client(address: str):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+LONG = {"max_tokens": 9000}  # far longer than a test waits
+
+
+def complete(client, messages=HELLO, **options):
+    return client.chat.completions.create(model="tiny", messages=messages, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The endpoint
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_completion(client) -> None:
+    answer = complete(client, seed=3)
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant" and choice.message.content
+    assert choice.finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+    assert answer.model == "tiny" and answer.object == "chat.completion"
+    assert complete(client, seed=3).choices[0].message.content == choice.message.content
+    assert complete(client, seed=4).choices[0].message.content != choice.message.content
+    assert len(client.models.list().data) == 1
+
+
+def test_streamed_completion_is_the_same_text(client) -> None:
+    whole = complete(client, seed=5, n=2)
+    texts, finished, usage = ["", ""], [None, None], None
+    chunks = 0
+    for chunk in complete(client, seed=5, n=2, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            finished[choice.index] = choice.finish_reason or finished[choice.index]
+            chunks += 1
+    assert sorted(texts) == sorted(choice.message.content for choice in whole.choices)
+    assert finished == ["length", "length"] and chunks > 8
+    assert usage.prompt_tokens == whole.usage.prompt_tokens and usage.completion_tokens == 24
+
+
+def test_system_message_is_the_persona(client) -> None:
+    default = complete(client).usage.prompt_tokens
+    none = complete(client, [{"role": "system", "content": ""}, *HELLO]).usage.prompt_tokens
+    long = complete(client, [{"role": "system", "content": "i like fish. i like the sea."}, *HELLO])
+    assert none < default < long.usage.prompt_tokens
+
+
+def test_history_and_content_parts_are_read(client) -> None:
+    earlier = [*HELLO, {"role": "assistant", "content": "hi, i like rain"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    assert complete(client, parts).usage == complete(client).usage
+    assert complete(client, earlier + HELLO).usage.prompt_tokens > complete(client).usage.prompt_tokens
+    eos = complete(client, [{"role": "user", "content": "<eos> <eos>"}]).usage.prompt_tokens
+    assert eos > complete(client, [{"role": "user", "content": "a"}]).usage.prompt_tokens + 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "said"),
+    [
+        (HELLO, {"n": 0}, "n: expected 1 to 16"),
+        (HELLO, {"max_tokens": -1}, "max_length"),
+        (HELLO, {"top_p": 3}, "top_p"),
+        ([], {}, "role user"),
+        ([*HELLO, {"role": "assistant", "content": "hi"}], {}, "role user"),
+        ([{"role": "tool", "content": "x"}, *HELLO], {}, "expected role"),
+        ([{"role": "user", "content": " "}], {}, "empty"),
+        ([{"role": "user", "content": "x" * (MAX_MESSAGE + 1)}], {}, "characters; expected at most"),
+        ([{"role": "user", "content": "x" * 1_100_000}], {}, "larger than"),
+        ([{"role": "user", "content": 3}], {}, "not a chat completion request"),
+    ],
+)
+def test_wrong_requests_are_answered_with_what_is_wrong(client, messages, options, said: str) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=said):
+        complete(client, messages, **options)
+
+
+def test_simultaneous_conversations_are_not_mixed(client) -> None:
+    """Greedy replies of many at once are those of each alone."""
+    conversations = [[{"role": "user", "content": text}] for text in ("hello", "i like the sea", "what do you do ?")]
+    alone = [complete(client, each, temperature=0).choices[0].message.content for each in conversations]
+    assert len(set(alone)) == 3
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda each: complete(client, each, temperature=0), conversations))
+    assert [answer.choices[0].message.content for answer in together] == alone
+
+
+def test_queue_is_bounded_and_vanished_clients_free_their_slots(client) -> None:
+    import openai
+
+    running = complete(client, stream=True, **LONG)
+    next(iter(running))
+    waiting = [complete(client, stream=True, **LONG) for _ in range(2)]  # answered at once, with nothing in them yet
+    with pytest.raises(openai.RateLimitError, match="2 replies are waited for"):
+        complete(client)
+    for stream in waiting:
+        stream.close()
+    running.close()
+    started = time.monotonic()
+    while True:
+        try:
+            assert complete(client).choices[0].message.content
+            break
+        except openai.RateLimitError:  # the server may notice a little later
+            assert time.monotonic() - started < 30
+            time.sleep(0.2)
+    with pytest.raises(openai.APITimeoutError):  # not streamed: a client that hangs up
+        complete(client.with_options(timeout=1), **LONG)
+    assert complete(client.with_options(timeout=60)).choices[0].message.content
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, address: str):
+    """`open_page(**options)` is the page in a browser window of its own."""
+    contexts = []
+
+    def start(url: str = address, **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
+        page.foreign = []
+        page.on("request", lambda sent: page.foreign.append(sent.url))
+        page.goto(url)
+        page.locator("#message textarea").wait_for()
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+
+
+def bubbles(page) -> list[str]:
+    return [text.strip() for text in page.locator("#chat .message").all_inner_texts()]
+
+
+def say(page, text: str) -> str:
+    """Send a message; the reply once it is whole."""
+    before = len(bubbles(page))
+    page.locator("#message textarea").fill(text)
+    page.locator("#message textarea").press("Enter")
+    return finished(page, before + 2)
+
+
+def finished(page, count: int) -> str:
+    """The last of `count` bubbles, once the table of alternatives shows it too."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        shown = bubbles(page)
+        table = page.locator("#alternatives").inner_text() if page.locator("#alternatives").is_visible() else shown[-1:]
+        if len(shown) == count and shown[-1] != "…" and shown[-1] in table:
+            time.sleep(0.5)
+            if bubbles(page) == shown:
+                return shown[-1]
+        time.sleep(0.1)
+    raise AssertionError(f"{count} bubbles awaited, found {bubbles(page)}")
+
+
+def test_conversation_in_the_browser(open_page, address: str, tmp_path: Path) -> None:
+    page = open_page(viewport={"width": 1280, "height": 900})
+    first = say(page, "hello there")
+    assert first and bubbles(page) == ["hello there", first]
+    script = "<script>document.title='x'</script><b>bold</b>"
+    reply = say(page, script)
+    assert bubbles(page)[2] == script, "markup is shown as text"
+    assert page.title() != "x" and page.locator("#chat b").count() == 0
+
+    page.get_by_role("button", name="Another reply").click()
+    deadline = time.monotonic() + 30
+    while bubbles(page)[-1] in (reply, "…") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert finished(page, 4) != reply
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function("document.querySelectorAll('#chat .message').length == 2")
+    assert page.locator("#message textarea").input_value() == script
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Transcript").or_(page.get_by_role("link", name="Transcript")).first.click()
+    download.value.save_as(tmp_path / "chat.jsonl")
+    (dialog,) = read_dataset(str(tmp_path / "chat.jsonl"))["all"]
+    assert dialog.utterances[-1].history == ["hello there"] and dialog.personality == ["i like tea ."]
+
+    assert all(url.startswith((address, "data:", "blob:")) for url in page.foreign), "only this machine is asked"
+
+
+def test_empty_and_long_messages_in_the_browser(open_page) -> None:
+    page = open_page()
+    page.locator("#message textarea").fill("  ")
+    page.locator("#message textarea").press("Enter")
+    page.get_by_text("the message is empty").wait_for()
+    page.locator("#message textarea").fill("y" * (MAX_MESSAGE + 1))
+    page.locator("#message textarea").press("Enter")
+    page.get_by_text(f"expected at most {MAX_MESSAGE}").wait_for()
+    assert len(page.locator("#message textarea").input_value()) == MAX_MESSAGE + 1, "what was typed is not lost"
+    assert bubbles(page) == []
+    assert say(page, "word " * 300)
+
+
+def test_persona_is_edited_and_sessions_do_not_see_each_other(open_page, tmp_path: Path) -> None:
+    page, other = open_page(), open_page()
+    page.locator("#persona textarea").fill("i live on the moon .\n\ni eat cheese .")
+    say(page, "who are you ?")
+    assert bubbles(other) == [] and other.locator("#persona textarea").input_value() == "i like tea ."
+    say(other, "and you ?")
+    assert len(bubbles(page)) == len(bubbles(other)) == 2
+    for each, personality in ((page, ["i live on the moon .", "i eat cheese ."]), (other, ["i like tea ."])):
+        with each.expect_download() as download:
+            each.get_by_role("button", name="Transcript").or_(each.get_by_role("link", name="Transcript")).first.click()
+        assert json.loads(Path(download.value.path()).read_text())["personality"] == personality
+    page.get_by_role("button", name="Random persona").click()
+    page.wait_for_function("!document.querySelector('#persona textarea').value.includes('moon')")
+    page.reload()
+    page.locator("#message textarea").wait_for()
+    assert bubbles(page) == [] and page.locator("#persona textarea").input_value() == "i like tea ."
+    assert say(page, "hello again")
+
+
+def test_page_fits_a_phone_and_a_closed_page_frees_the_model(serve, open_page) -> None:
+    openai = pytest.importorskip("openai")
+    address = serve("--max_length", "9000", "--min_length", "9000")
+    page = open_page(address, viewport={"width": 390, "height": 844}, has_touch=True, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    page.locator("#message textarea").fill("talk")
+    page.locator("#message textarea").press("Enter")
+    page.wait_for_function("document.querySelector('#chat')?.innerText.length > 60")  # it streams, far from its end
+    page.get_by_role("button", name="Stop").click()
+    finished(page, 2)
+    page.locator("#message textarea").fill("talk more")
+    page.locator("#message textarea").press("Enter")
+    page.wait_for_function("document.querySelectorAll('#chat .message').length == 4")
+    page.context.close()
+    with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=40) as client:
+        assert complete(client, max_tokens=20).choices
+
+
+def test_occupied_port_is_one_line(address: str, dialog_model) -> None:
+    port = address.rsplit(":", 1)[1]
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "interact.py"), "--model", str(dialog_model("gpt2"))]
+        + ["--personality", "hi", "--web", "--port", port],
+        capture_output=True, text=True, timeout=300, env={**os.environ},
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert re.search(rf"^error: cannot listen at 127.0.0.1:{port}.*--port$", ended.stderr, re.M)
+    assert "Traceback" not in ended.stderr
