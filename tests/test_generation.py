@@ -272,11 +272,12 @@ def seen(monkeypatch) -> list[tuple[list[int], int]]:
     """The prefix tokens that each reply was generated for, and its longest length."""
     calls = []
 
-    def watch(model, prefixes, decoding, row_generators):
-        calls.append((prefixes[0][0], decoding.max_length))
-        return generate_replies(model, prefixes, decoding, row_generators)
+    class Watched(model_module.Generation):
+        def __init__(self, model, prefixes, decoding, *rest):
+            calls.append((prefixes[0][0], decoding.max_length))
+            super().__init__(model, prefixes, decoding, *rest)
 
-    monkeypatch.setattr(model_module, "generate_replies", watch)
+    monkeypatch.setattr(model_module, "Generation", Watched)
     return calls
 
 
@@ -297,8 +298,8 @@ def test_conversation_keeps_two_utterances_for_each_exchange(dialog_model, load,
         for speaker, utterance in zip(speakers, history, strict=True):
             expected += [speaker, *utterance]
         assert tokens == [*expected, ids.speaker1]
-        said += [heard, chat.history[-1]]
-        assert tokenizer.decode(chat.history[-1]) == reply
+        said += [heard, chat.turns[-1].ids[-1]]
+        assert tokenizer.decode(chat.turns[-1].ids[-1]) == reply
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_long_conversation_stays_within_the_models_limit(kind, sentences, make_m
         chat.reply(text)
         tokens, longest = seen[-1]
         assert len(tokens) + longest <= 64
-        assert longest >= 1 and len(chat.history[-1]) == longest
+        assert longest >= 1 and len(chat.turns[-1].ids[-1]) == longest
         if sentences < 40:  # a persona that fills the model leaves no room for what was just said
             assert tokens[-3:-1] == tokenizer.encode([text])[0][-2:]
 
@@ -331,7 +332,7 @@ def test_typed_special_tokens_are_text(kind, dialog_model, load, seen):
     assert ours == [ids.bos, ids.speaker2, ids.speaker1]
     if kind != "openai-gpt":  # its small vocabulary has unknown letters, which are <unk>
         assert "<eos>" in tokenizer.decode(tokens) and "<pad>" in tokenizer.decode(tokens)
-        assert ids.all.isdisjoint(chat.history[0])
+        assert ids.all.isdisjoint(chat.turns[0].ids[0])
 
 
 def test_same_seed_same_replies(dialog_model, load):
