@@ -213,7 +213,7 @@ def open_page(browser, address: str):
 
 
 def bubbles(page) -> list[str]:
-    return [text.strip() for text in page.locator("#chat .message").all_inner_texts()]
+    return [text.strip() for text in page.locator("#chat .message-content").all_inner_texts()]
 
 
 def say(page, text: str) -> str:
@@ -253,7 +253,7 @@ def test_conversation_in_the_browser(open_page, address: str, tmp_path: Path) ->
         time.sleep(0.1)
     assert finished(page, 4) != reply
     page.get_by_role("button", name="Undo").click()
-    page.wait_for_function("document.querySelectorAll('#chat .message').length == 2")
+    page.wait_for_function("document.querySelectorAll('#chat .message-content').length == 2")
     assert page.locator("#message textarea").input_value() == script
 
     with page.expect_download() as download:
@@ -310,7 +310,7 @@ def test_page_fits_a_phone_and_a_closed_page_frees_the_model(serve, open_page) -
     finished(page, 2)
     page.locator("#message textarea").fill("talk more")
     page.locator("#message textarea").press("Enter")
-    page.wait_for_function("document.querySelectorAll('#chat .message').length == 4")
+    page.wait_for_function("document.querySelectorAll('#chat .message-content').length == 4")
     page.context.close()
     with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=40) as client:
         assert complete(client, max_tokens=20).choices
