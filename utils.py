@@ -193,6 +193,36 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the body is done: each appears there whole or not at all.
+
+    Raises:
+        UserError: something could not be written; what `folder` held before is untouched.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as partial:
+            yield Path(partial)
+            for file in sorted(os.listdir(partial)):
+                if not os.path.islink(Path(partial, file)):
+                    with open(Path(partial, file), "rb+") as written:
+                        os.fsync(written.fileno())  # on the disk before it has its name: machines lose power
+                os.replace(Path(partial, file), folder / file)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and torch have their own errors for a full disk
+        raise UserError(f"cannot write to {folder}: {first_line(error)}; free some space or choose another") from error
+
+
+UNFINISHED = ".saving-"  # begins the names of the folders that `whole_files` writes in
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in `folder`."""
+    for leftover in folder.glob(UNFINISHED + "*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
@@ -1149,10 +1179,16 @@ def collate(instances: list[Instance], ids: SpecialIds) -> Batch:
     return Batch(*map(torch.as_tensor, (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels)))
 
 
-def batches_by_length(instances: Instances, batch_size: int) -> torch.utils.data.DataLoader:
-    """A whole split in batches of like length; for what does not depend on the order."""
+def batches_by_length(
+    instances: Instances, batch_size: int, rank: int = 0, world_size: int = 1
+) -> torch.utils.data.DataLoader:
+    """A whole split in batches of like length; for what does not depend on the order.
+
+    Of `world_size` processes each gets its share of the batches. The batches are the same for any number of
+    processes, so sums over them are too; a share may be empty.
+    """
     order = np.argsort(instances.lengths(), kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
     collate_batch = partial(collate, ids=instances.special_ids)
     return torch.utils.data.DataLoader(instances, batch_sampler=batches, collate_fn=collate_batch)
 
@@ -1162,18 +1198,45 @@ def batches_by_length(instances: Instances, batch_size: int) -> torch.utils.data
 # ------------------------------------------------------------------------------------------------------------
 
 
-def new_run_folder(model: str) -> Path:
-    """Create `runs/<Mon><DD>_<HH-MM-SS>_<host>_<model>` beside the scripts, under a name no other run has."""
+RUNS = Path(__file__).resolve().parent / "runs"
+
+
+def new_run_folder(model: str, runs: Path = RUNS) -> Path:
+    """Create `<runs>/<Mon><DD>_<HH-MM-SS>_<host>_<model>` under a name no other run has, and point `latest` to it."""
     short = re.sub(r"[^\w.-]+", "_", Path(urlsplit(model).path.rstrip("/")).name or "model")
-    base = Path(__file__).resolve().parent / "runs" / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
+    base = runs / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
     make_folder(base.parent)
     for attempt in range(100):
         folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
         try:
             folder.mkdir()
-            return folder
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot create {folder}: {error.strerror}; runs are written beside train.py") from error
+            raise UserError(f"cannot create {folder}: {error.strerror}; pass another --runs_dir") from error
+        point_latest_to(folder)
+        return folder
     raise UserError(f"{base} exists a hundred times; remove some runs")
+
+
+def point_latest_to(folder: Path) -> None:
+    """Make `latest` beside a run folder a link to it, or a text file with its name where links are not possible."""
+    with whole_files(folder.parent) as partial:
+        try:
+            (partial / "latest").symlink_to(folder.name)
+        except OSError:  # Windows, and file systems without links
+            (partial / "latest").write_text(folder.name, encoding="utf-8")
+
+
+def find_run(name: str) -> Path:
+    """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_file():
+            folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+        folder = folder.resolve()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {folder}: {first_line(error)}; expected a run folder of train.py") from error
+    if not (folder / "training_args.json").is_file():
+        raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
+    return folder
