@@ -5,6 +5,7 @@ One process, or many under torchrun: every process has the whole model and a sha
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -159,6 +160,14 @@ def join_processes(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def leave_processes(learner: "Learner") -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        learner.parallel = learner.model
+        gc.collect()  # DDP goes first: as the last to hold the group it can wait for the group's threads for ever
+        dist.destroy_process_group()
+
+
 def all_sum(*values: float, device: torch.device) -> list[float]:
     """The sum of each value over all processes, in float64."""
     if not dist.is_initialized():
@@ -284,7 +293,7 @@ class Learner:
             model.checkpoint_gradients()
         self.parallel = model
         if dist.is_initialized():
-            self.parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_to, enabled=self.autocast_to is not None)
@@ -712,8 +721,7 @@ def main() -> None:
     log.info(
         f"saved in {folder}\ntalk to it: python interact.py --model_checkpoint {shlex.quote(str(folder))}{dataset}"
     )
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes(learner)
 
 
 def fit(
@@ -782,6 +790,7 @@ def fit(
                 f"stopped after step {progress.step}, saved in {folder}\n"
                 f"go on with: {command} train.py --resume {shlex.quote(str(folder))}"
             )
+            leave_processes(learner)
             sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
