@@ -132,18 +132,20 @@ def resumed_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace
 
 def join_processes(args: argparse.Namespace) -> torch.device:
     """Join the process group that a launcher described in the environment, if one did; this process's device."""
+    given = dict(os.environ)
     if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if not os.environ.keys() & {"LOCAL_RANK", "RANK"}:
+        given["LOCAL_RANK"] = str(args.local_rank)
+    if not given.keys() & {"LOCAL_RANK", "RANK"}:
         return check_device(args.device)
     needed = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    missing = [name for name in needed if name not in given]
     if missing:
         raise UserError(
             f"a rank is given but not {', '.join(missing)}, which a launcher sets in the environment; "
             "start with torchrun --nproc_per_node=N train.py ..., or without any rank for one process"
         )
-    device, local_rank = check_device(args.device), int(os.environ["LOCAL_RANK"])
+    os.environ["LOCAL_RANK"] = given["LOCAL_RANK"]
+    device, local_rank = check_device(args.device), int(given["LOCAL_RANK"])
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None or local_rank >= count:
@@ -543,7 +545,7 @@ def restore(state: dict, learner: Learner, progress: Progress, size: int, args: 
     if len(state["generators"]) == idist.get_world_size():
         states = state["generators"][idist.get_rank()]
         torch.set_rng_state(states["cpu"])
-        if learner.device.type in states:
+        if learner.device.type != "cpu":
             torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
     else:
         torch.manual_seed(hash((args.seed, progress.step, idist.get_rank())))

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from utils import Instance, SpecialIds, UserError, find_run, new_run_folder, who
 
 SCRIPT = Path(train.__file__)
 WORDS = "hello i like cats dogs fish and my red car is fast do you work at the school today no yes what fun".split()
+
+PATIENCE = 150  # seconds for what takes a few on an idle machine
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["train", "model", "tensorboardX", "ignite.distributed", "ignite.handlers"])
@@ -57,7 +60,6 @@ def run_train(options: list[str], environment: dict[str, str], output: str, larg
     os.dup2(written, 1)
     os.dup2(written, 2)
     os.environ.update(environment)
-    import faulthandler; faulthandler.dump_traceback_later(25, exit=False)  # XXX
     torch.set_num_threads(1)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -88,7 +90,7 @@ class Training:
             self.processes.append(forkserver.Process(target=run_train, args=arguments))
             self.processes[-1].start()
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
         """The exit statuses."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -114,15 +116,15 @@ class Training:
     def errors(self) -> list[str]:
         return [line for line in self.text().splitlines() if line.startswith(("error:", "Traceback"))]
 
-    def wait_for_steps(self, count: int, seconds: float = 60) -> None:
-        """Until that many more steps are logged than at the first look."""
-        wait_for_steps(self.folder, count, lambda: all(process.is_alive() for process in self.processes), seconds)
+    def wait_for_step(self, step: int) -> "Training":
+        wait_for_step(self.folder, step, lambda: all(process.is_alive() for process in self.processes))
+        return self
 
 
-def wait_for_steps(folder: Path, last: int, alive, seconds: float = 60) -> None:
-    """Until step `last` is logged."""
-    end = time.monotonic() + seconds
-    while not any(step >= last for step in losses(folder)):
+def wait_for_step(folder: Path, step: int, alive) -> None:
+    """Until it is logged, by processes that are `alive()` meanwhile."""
+    end = time.monotonic() + PATIENCE
+    while not any(logged >= step for logged in losses(folder)):
         assert alive() and time.monotonic() < end, (folder / "output.txt").read_text()
         time.sleep(0.005)
 
@@ -173,15 +175,15 @@ def options(tiny, data: Path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(options, tmp_path_factory: pytest.TempPathFactory):
-    """`uninterrupted(world_size)`: the losses of a run that nothing stops."""
-    known: dict[int, dict[int, float]] = {}
+    """`uninterrupted(world_size)`: the folder of a run that nothing stops."""
+    known: dict[int, Path] = {}
 
-    def run(world_size: int) -> dict[int, float]:
+    def run(world_size: int) -> Path:
         if world_size not in known:
             folder = tmp_path_factory.mktemp(f"uninterrupted-{world_size}")
             Training(folder, *options(folder, world_size), world_size=world_size).done()
-            known[world_size] = losses(folder)
-            assert list(known[world_size]) == list(range(1, 25))
+            assert list(losses(folder)) == list(range(1, 25))
+            known[world_size] = folder
         return known[world_size]
 
     return run
@@ -255,7 +257,6 @@ def test_local_rank_without_a_launcher(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", option, "0", "--device", "cpu"])
         with pytest.raises(UserError, match="RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.*torchrun"):
             train.join_processes(train.parse_args())
-        monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="torchrun"):
         train.main()
@@ -266,46 +267,63 @@ def test_local_rank_without_a_launcher(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def launch(folder: Path, launcher: list[str], options: list) -> subprocess.Popen:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", *launcher, SCRIPT, *options, "--device", "cpu"]
-    command += ["--dataset_cache", folder / "cache.bin"]
-    with open(folder / "output.txt", "a") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
+class Launched:
+    """train.py under a launcher (a module and its options), started at once; ended when the block ends."""
 
+    def __init__(self, folder: Path, launcher: list[str], options: list):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.output = folder, folder / "output.txt"
+        command = [sys.executable, "-m", *launcher, SCRIPT, *options, "--device", "cpu"]
+        command += ["--dataset_cache", folder / "cache.bin"]
+        with open(self.output, "a") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.agent = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
 
-def workers(agent: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+    def __enter__(self) -> "Launched":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.agent.terminate()
+        self.agent.wait()
+
+    def kill_a_worker_after_step(self, step: int) -> None:
+        wait_for_step(self.folder, step, lambda: self.agent.poll() is None)
+        children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        return self.agent.wait(seconds)
 
 
 def test_torchrun_restarts_and_goes_on(options, uninterrupted, tmp_path):
     """A process is killed; torchrun starts both again, and they continue the run by themselves."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    agent = launch(tmp_path, launcher, options(tmp_path, 2))
-    wait_for_steps(tmp_path, 5, lambda: agent.poll() is None)
-    os.kill(workers(agent)[1], signal.SIGKILL)
-    assert agent.wait(60) == 0, (tmp_path / "output.txt").read_text()
-    assert_same_losses(losses(tmp_path), uninterrupted(2), within=1e-5)
+    with Launched(tmp_path, launcher, options(tmp_path, 2)) as launched:
+        launched.kill_a_worker_after_step(5)
+        assert launched.wait() == 0, launched.output.read_text()
+    assert "going on with" in launched.output.read_text()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
     assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
 
 
 def test_a_process_that_dies_ends_the_run(options, tmp_path):
     launcher = ["torch.distributed.launch", "--nproc_per_node=2"]
-    agent = launch(tmp_path, launcher, [*options(tmp_path, 2), "--n_epochs", 1000])
-    wait_for_steps(tmp_path, 3, lambda: agent.poll() is None)
-    os.kill(workers(agent)[1], signal.SIGKILL)
-    assert agent.wait(60) != 0
-    assert "Signal 9 (SIGKILL)" in (tmp_path / "output.txt").read_text()
+    with Launched(tmp_path, launcher, [*options(tmp_path, 2), "--n_epochs", 1000]) as launched:
+        launched.kill_a_worker_after_step(3)
+        assert launched.wait(60) != 0
+    assert "Signal 9 (SIGKILL)" in launched.output.read_text()
 
 
 def test_two_nodes(options, uninterrupted, tmp_path):
     """Two torchrun agents, of one process each, that find each other by a rendezvous endpoint."""
     launcher = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
     launcher += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-    agents = [launch(tmp_path, launcher, options(tmp_path, 2)) for _ in range(2)]
-    assert [agent.wait(60) for agent in agents] == [0, 0], (tmp_path / "output.txt").read_text()
-    assert_same_losses(losses(tmp_path), uninterrupted(2), within=1e-5)
+    with (
+        Launched(tmp_path, launcher, options(tmp_path, 2)) as one,
+        Launched(tmp_path, launcher, options(tmp_path, 2)) as other,
+    ):
+        assert [one.wait(), other.wait()] == [0, 0], one.output.read_text()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -330,14 +348,181 @@ def test_levels_of_precision(options, tmp_path):
     again.done()
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run(options, tiny, tmp_path, load):
-    model, tokenizer = load(tiny("gpt2"))
-    with torch.no_grad():
-        model.lm.transformer.ln_f.weight.fill_(float("inf"))
-    (tmp_path / "model").mkdir()
-    model.save(tmp_path / "model")
-    tokenizer.save(tmp_path / "model")
-    run = Training(tmp_path, *options(tmp_path, model=tmp_path / "model"))
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(options, tmp_path):
+    run = Training(tmp_path, *options(tmp_path), "--lr", 1e30)
     assert run.wait() == [2]
-    assert "not finite in 10 steps in a row" in run.errors()[0] and len(run.errors()) == 1
-    assert [record["skipped"] for record in records(tmp_path) if "loss" in record] == list(range(1, 10))
+    assert len(run.errors()) == 1 and "not finite in 10 steps in a row, up to step 11" in run.errors()[0]
+    assert [record["skipped"] for record in records(tmp_path) if "loss" in record] == list(range(10))
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama"])
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(kind, dialog_model, load):
+    model, tokenizer = load(dialog_model(kind))
+    batch = utils.collate([Instance([1, 2, 3, 4], [4, 4, 5, 5], [[7, 8], [9, 6]])], tokenizer.ids)
+    model.train()
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        """And the numbers that are kept for the backward pass."""
+        kept = []
+        model.zero_grad()
+        torch.manual_seed(0)  # the same dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            output = model(batch)
+        (output.lm_nll.sum() + output.mc_logits[0, 0]).backward()
+        return [parameter.grad for parameter in model.parameters()], sum(kept)
+
+    expected, much = gradients()
+    model.checkpoint_gradients()
+    found, little = gradients()
+    torch.testing.assert_close(found, expected)
+    assert little < 0.7 * much
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stop and go on
+# ------------------------------------------------------------------------------------------------------------
+
+
+def resume(folder: Path, *options, **how) -> Training:
+    return Training(folder, "--resume", folder / "runs" / "latest", *options, **how)
+
+
+def test_killed_five_times(options, uninterrupted, tmp_path):
+    """kill -9 at any moment, once before anything is saved: every loss is that of the run that nothing stopped."""
+    rng = random.Random(4)
+    run, step = Training(tmp_path, *options(tmp_path)), 1
+    for _ in range(5):
+        run.wait_for_step(step)
+        time.sleep(0.1 * rng.random())
+        run.send(signal.SIGKILL)
+        assert run.wait() == [-signal.SIGKILL]
+        step = max(losses(tmp_path)) + rng.randint(1, 3)
+        run = resume(tmp_path)
+    run.done()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(1)), within=1e-5)
+    assert validations(tmp_path) == validations(uninterrupted(1))
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
+    assert [path.name for path in train.checkpoints(find_run(tmp_path / "runs" / "latest"))] == [
+        "step-000000022.pt",
+        "step-000000024.pt",
+    ]
+
+
+def test_killed_on_two_processes(options, uninterrupted, tmp_path):
+    run = Training(tmp_path, *options(tmp_path, 2), world_size=2).wait_for_step(9)
+    run.send(signal.SIGKILL)
+    run.wait()
+    resume(tmp_path, world_size=2).done()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
+
+
+def test_signals_save_and_another_number_of_processes_goes_on(options, uninterrupted, tmp_path):
+    """SIGTERM and Ctrl-C end a run on two processes, and one process, whose steps are half as large, ends it."""
+    for step, number, status in ((2, signal.SIGTERM, 143), (9, signal.SIGINT, 130)):
+        start = resume if step > 2 else lambda folder, **how: Training(folder, *options(folder, 2), **how)
+        run = start(tmp_path, world_size=2).wait_for_step(step)
+        run.send(number)
+        assert run.wait() == [status] * 2 and run.errors() == []
+        assert f"torchrun --nproc_per_node=2 train.py --resume {find_run(tmp_path / 'runs' / 'latest')}" in run.text()
+    expected, last = losses(uninterrupted(2)), max(losses(tmp_path))
+    assert_same_losses(losses(tmp_path), {step: expected[step] for step in range(1, last + 1)}, within=1e-5)
+    epoch, done = (last - 1) // 6 + 1, min(21, ((last - 1) % 6 + 1) * 4)
+    resume(tmp_path).done()  # two utterances a step
+    steps = [record for record in records(tmp_path) if "loss" in record]
+    expected_steps = last + math.ceil((21 - done) / 2) + (4 - epoch) * 11
+    assert [record["step"] for record in steps] == list(range(1, expected_steps + 1))
+    assert [record["epoch"] for record in validations(tmp_path)] == [1, 2, 3, 4]
+    rates = [record["lr"] for record in steps]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 3e-3 / 40
+
+
+def end_by_two_signals() -> None:
+    with train.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
+
+
+def test_second_ctrl_c_ends_at_once():
+    process = forkserver.Process(target=end_by_two_signals)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGINT  # which a shell shows as 130
+
+
+def test_damaged_checkpoints_and_a_full_disk(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted(1) / "runs", tmp_path / "runs", symlinks=True)
+    folder = find_run(tmp_path / "runs" / "latest")
+    expected = losses(tmp_path)
+    older, newest = train.checkpoints(folder)
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    # a file may be as large as half a checkpoint
+    run = resume(tmp_path, largest_file=len(content) // 2)
+    assert run.wait() == [2]
+    assert f"{newest} cannot be read" in run.text() and "going on" in run.text() and "after step 22" in run.text()
+    assert len(run.errors()) == 1 and f"cannot write to {folder}/checkpoints: " in run.errors()[0]
+    assert list((folder / "checkpoints").iterdir()) == [older, newest] or list((folder / "checkpoints").iterdir()) == [
+        newest,
+        older,
+    ]
+    resume(tmp_path).done()
+    assert_same_losses(losses(tmp_path), expected, within=1e-5)
+    for path in (older, newest):
+        path.write_bytes(b"")
+    run = resume(tmp_path)
+    assert run.wait() == [2] and len(run.errors()) == 1 and "no checkpoint" in run.errors()[0]
+
+
+def test_keep_best(options, tmp_path):
+    """The root of the run folder holds the epoch of best Hits@1, then NLL; here not the last one."""
+    run = tmp_path / "run"
+    Training(run, *options(run), "--keep_best", "--lr", 0.05).done()
+    scores = [(record["hits@1"], -record["nll"]) for record in validations(run)]
+    assert len(scores) == 4 and max(scores) != scores[-1]
+    again = tmp_path / "again"
+    Training(again, *options(again, model=run / "runs" / "latest"), "--n_epochs", 0).done()
+    (found,) = validations(again)
+    assert (found["hits@1"], -found["nll"]) == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_options_of_a_resumed_run(uninterrupted, monkeypatch):
+    """The saved ones hold; those that would change what a step computes are refused."""
+    folder = uninterrupted(1) / "runs" / "latest"
+
+    def parse(*options: str):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(folder), *options])
+        return train.parse_args()
+
+    args = parse("--n_epochs", "9", "--lr", "3e-3")
+    assert (args.n_epochs, args.lr, args.gradient_accumulation_steps) == (9, 3e-3, 4)
+    for options in (["--lr", "1e-3"], ["--seed", "1"], ["--fp16", "O1"], ["--model", "gpt2"]):
+        with pytest.raises(UserError, match=f"{options[0]} {options[1]}.*was started with"):
+            parse(*options)
+    with pytest.raises(UserError, match="no training_args.json"):
+        find_run(folder.parent)
+
+
+def test_latest_is_a_link_or_else_a_text_file(tmp_path, monkeypatch):
+    first, second = new_run_folder("a/gpt2", tmp_path), new_run_folder("gpt2", tmp_path)
+    assert (tmp_path / "latest").readlink() == Path(second.name) and first != second
+
+    def no_links(*_) -> None:
+        raise OSError("symbolic links are not possible here")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    third = new_run_folder("gpt2", tmp_path)
+    (third / "training_args.json").write_text("{}")
+    assert not (tmp_path / "latest").is_symlink() and find_run(tmp_path / "latest") == third
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left"), whole_files(tmp_path) as partial:
+        (partial / "a").write_text("aft")
+        raise OSError("No space left on device")
+    assert (tmp_path / "a").read_text() == "before" and list(tmp_path.iterdir()) == [tmp_path / "a"]
+    with whole_files(tmp_path) as partial:
+        (partial / "a").write_text("after")
+    assert (tmp_path / "a").read_text() == "after"
