@@ -1,15 +1,34 @@
-"""Evaluate a model on the validation split of a dataset: Hits@1."""
+"""Evaluate a model as the ConvAI2 competition did: Hits@1, word perplexity and F1, without ParlAI."""
 
 import argparse
+import json
+import math
+import platform
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
+import ignite.distributed as idist
+import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import (
     FINETUNED_NOTE,
+    DialogTokenizer,
     Instances,
     Parser,
+    Split,
+    UserError,
+    add_decoding_options,
     add_model_options,
+    add_valid_path,
     batches_by_length,
     check_device,
     find_finetuned_model,
@@ -20,33 +39,400 @@ from utils import (
     run_script,
 )
 
+# Published figures, for context: (Hits@1 in %, word PPL, F1 in %).
+ANCHORS = {
+    "TransferTransfo, hidden test set (competition leaderboard)": (80.7, 16.28, 19.5),
+    "original README, validation set": (79.0, 20.5, 16.5),
+    "published checkpoint, validation set": (71.5, None, None),
+}
+GENERATION_BATCH = 4  # a generated row has one continuation where a scored one has twenty: it takes more of them
+
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model_options(parser, note=FINETUNED_NOTE)
-    parser.add_argument("--valid_path", default="", help="dataset to evaluate on, if not a part of --dataset_path")
-    parser.add_argument("--eval_type", choices=["hits@1"], default="hits@1", help="what to measure")
+    add_valid_path(parser)
+    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
     parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="utterances per forward pass")
+    parser.add_argument("--limit", type=number(int, 0), default=0, help="evaluate the first so many replies (0: all)")
+    parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
+    parser.add_argument(
+        "--output", default="", help="write every figure, with settings and versions, to this JSON file"
+    )
+    parser.add_argument("--predictions", default="", help="JSON lines file for replies, ranks and scores")
+    parser.add_argument("--seed", type=int, default=42, help="of sampled replies; each has a generator of its own")
+    add_decoding_options(parser)
     return parser.parse_args()
 
 
-@torch.inference_mode()
-def hits_at_1(model, instances: Instances, batch_size: int, device: torch.device) -> float:
-    """The share of utterances whose gold reply gets the highest multiple-choice score of all its candidates."""
-    from model import gold_ranks
+# ------------------------------------------------------------------------------------------------------------
+# Text metrics, as ParlAI defined them
+# ------------------------------------------------------------------------------------------------------------
 
-    hits = 0
-    with tqdm(total=len(instances), desc="Hits@1", unit=" replies") as bar:
-        for batch in batches_by_length(instances, batch_size):
-            batch = batch.to(device)
-            hits += int((gold_ranks(model(batch), batch) == 0).sum())
-            bar.update(len(batch.n_candidates))
-    return hits / len(instances)
+PUNCTUATION = re.compile(r"[!\"#$%&()*+,\-./:;<=>?@\[\]\\^`{|}~_']")
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalize(text: str) -> str:
+    """Lower case, punctuation to spaces, articles removed, white space folded."""
+    return " ".join(ARTICLES.sub(" ", PUNCTUATION.sub(" ", text.lower())).split())
+
+
+def f1(reply: str, gold: str) -> float:
+    """Harmonic mean of precision and recall of the normalised words, as bags."""
+    found, expected = normalize(reply).split(), normalize(gold).split()
+    common = sum((Counter(found) & Counter(expected)).values())
+    return 2 * common / (len(found) + len(expected)) if common else 0.0
+
+
+def split_words(text: str) -> list[str]:
+    """ParlAI's `split` tokenizer, lower-cased: white space, after putting spaces around . , ; : ! ?"""
+    return re.sub(r"([.,;:!?])", r" \1 ", text.lower()).split()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Word perplexity
+# ------------------------------------------------------------------------------------------------------------
+
+
+class WordPosition(NamedTuple):
+    offset: int  # of its first token among the reply's
+    word: int
+    inside: int  # 1 behind another word, 0 at the reply's start
+
+
+class Spelling(NamedTuple):
+    tokens: list[int]
+    positions: list[WordPosition]
+
+
+class WordModel:
+    """A distribution over dictionary words from one over tokens.
+
+    A word's probability is that of its first token, times its share, by frequency + 5, among the words that begin
+    with this token; normalised over the dictionary. A word's first token is another one at the start of a reply
+    than behind a word, where in byte-level vocabularies it carries the space.
+    """
+
+    SMOOTHING = 5
+    PARLAI_SPECIAL = ("__null__", "__start__", "__end__", "__unk__")
+
+    def __init__(self, splits: dict[str, Split], tokenizer: DialogTokenizer):
+        frequencies = Counter(dict.fromkeys(self.PARLAI_SPECIAL, 0))
+        for text in dictionary_texts(splits.values()):
+            frequencies.update(split_words(text))
+        self.words = list(frequencies)
+        self.number = {word: i for i, word in enumerate(self.words)}
+        smoothed = np.array([frequencies[word] for word in self.words]) + float(self.SMOOTHING)
+        self.spellings = tokenizer.encode(self.words), tokenizer.encode_inside(self.words)  # at the start, behind
+        self.first, self.log_share, self.first_tokens = [], [], []
+        for spelling in self.spellings:
+            first = np.array([ids[0] if ids else -1 for ids in spelling])
+            totals = np.bincount(first[first >= 0], smoothed[first >= 0])
+            share = np.where(first >= 0, smoothed / totals[first], 0)  # a word without tokens cannot be said
+            self.first.append(torch.as_tensor(first))
+            self.log_share.append(torch.as_tensor(share).log())
+            self.first_tokens.append(torch.as_tensor(np.unique(first[first >= 0])))
+        valid = splits["valid"]
+        golds = {int(valid.strings("candidates", utterance)[-1]) for utterance in range(len(valid))}
+        self.spelled = {gold: self.spell(valid.text(gold)) for gold in golds}  # by the gold reply's string number
+
+    def spell(self, text: str) -> Spelling:
+        """A reply as the tokens of its words; a word that has none is passed over."""
+        tokens, positions = [], []
+        for word in split_words(text):
+            inside = int(bool(tokens))
+            number = self.number[word]
+            if self.spellings[inside][number]:
+                positions.append(WordPosition(len(tokens), number, inside))
+                tokens += self.spellings[inside][number]
+        return Spelling(tokens, positions)
+
+    def log_probabilities(self, logits: torch.Tensor, words: torch.Tensor, inside: int) -> torch.Tensor:
+        """Of each row's word (K,), from the logits (K, V) at the position before it; float64, on the CPU."""
+        first_tokens = self.first_tokens[inside].to(logits.device)
+        first = self.first[inside][words].to(logits.device)
+        total = logits[:, first_tokens].double().logsumexp(-1)
+        return (logits.gather(1, first[:, None])[:, 0].double() - total).cpu() + self.log_share[inside][words]
+
+
+def dictionary_texts(splits: Iterable[Split]) -> Iterator[str]:
+    """What ParlAI built its dictionary from: personas, the other person's utterances and gold replies."""
+    for split in splits:
+        for dialog in range(split.n_dialogs):
+            for sentence in split.strings("persona", dialog):
+                yield f"your persona: {split.text(sentence)}"
+        for utterance in range(len(split)):
+            for string in split.strings("history", utterance)[-1:]:
+                yield split.text(string)
+            yield split.text(split.strings("candidates", utterance)[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Passes over the split. Each rank fills the rows of its utterances; a sum over ranks completes them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """What was measured of each of U utterances; zero where another rank measured it."""
+
+    scores: np.ndarray  # (U, N) multiple-choice scores
+    nll: np.ndarray  # (U,) of the gold reply's tokens and <eos>, summed
+    tokens: np.ndarray  # (U,)
+    word_nll: np.ndarray  # (U,) of the gold reply's words, summed
+    words: np.ndarray  # (U,)
+    replies: np.ndarray  # (U, max_length) generated tokens + 1; 0 behind a reply's end
+
+    @classmethod
+    def empty(cls, utterances: int, candidates: int, max_length: int) -> "Results":
+        columns = [np.zeros(utterances) for _ in range(4)]
+        return cls(np.zeros((utterances, candidates)), *columns, np.zeros((utterances, max_length), np.int64))
+
+
+def join_ranks(results: Results) -> Results:
+    """The sum over ranks: every row was filled by one of them."""
+    return Results(*(idist.all_reduce(torch.as_tensor(column)).numpy() for column in vars(results).values()))
+
+
+@torch.inference_mode()
+def score(model, instances: Instances, words: WordModel | None, args: argparse.Namespace, results: Results) -> None:
+    """Multiple-choice scores and likelihoods of tokens and words; each prefix is encoded once for all of them."""
+    loader = rank_loader(instances, args.valid_batch_size, len(results.nll))
+    with progress("score", loader) as bar:
+        for rows, batch in zip(loader.batch_sampler, loader, strict=True):
+            batch = batch.to(model.device)
+            hidden = model.hidden(batch)
+            output = model.heads(hidden, batch)
+            results.scores[rows, : output.mc_logits.shape[1]] = output.mc_logits.cpu()
+            owner = (batch.lm_positions // batch.input_ids.shape[1]).cpu()  # the row of each labelled token
+            results.nll[rows] = np.bincount(owner, output.lm_nll.double().cpu(), len(rows))
+            results.tokens[rows] = np.bincount(owner, minlength=len(rows))
+            if words:
+                golds = [instances.split.strings("candidates", row)[-1] for row in rows]
+                score_words(model, hidden, batch, rows, [words.spelled[gold] for gold in golds], words, results)
+            bar.update(len(rows))
+
+
+def score_words(model, hidden, batch, rows: list[int], spelled: list[Spelling], words: WordModel, results) -> None:
+    """Word likelihoods of a batch whose instances have their gold reply's words as `extra`."""
+    room = (batch.segments == batch.n_candidates[:, None] + 1).sum(1).tolist()  # a long reply may have been cut
+    starts = batch.extra_starts.tolist()
+    before = batch.prefix_ends().tolist()  # the position that predicts a reply's first token
+    for inside in (0, 1):
+        found = [
+            (starts[row] + position.offset - 1 if position.offset else before[row], rows[row], position.word)
+            for row, spelling in enumerate(spelled)
+            for position in spelling.positions
+            if position.inside == inside and position.offset < room[row]
+        ]
+        if found:
+            at, owners, numbers = map(torch.tensor, zip(*found, strict=True))
+            logits = model.lm_logits(hidden.flatten(0, 1)[at.to(hidden.device)]).float()
+            np.add.at(results.word_nll, owners, -words.log_probabilities(logits, numbers, inside))
+            np.add.at(results.words, owners, 1)
+
+
+def generate_all(model, instances: Instances, args: argparse.Namespace, results: Results) -> None:
+    """A reply to every utterance, in batches of prefixes of like length."""
+    from model import Decoding, generate_replies
+
+    decoding = Decoding.from_args(args)
+    loader = rank_loader(instances, GENERATION_BATCH * args.valid_batch_size, len(results.nll))
+    with progress("generate", loader) as bar:
+        for rows in loader.batch_sampler:
+            prefixes = [instances.prefix(row, args.max_length)[0] for row in rows]
+            generators = [reply_generator(args.seed, row) for row in rows]
+            for row, reply in zip(rows, generate_replies(model, prefixes, decoding, generators), strict=True):
+                results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
+            bar.update(len(rows))
+
+
+def reply_generator(seed: int, utterance: int) -> torch.Generator:
+    """A reply's own: it does not depend on the batch, the order or the number of processes."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([abs(seed), utterance]).generate_state(1)[0]))
+
+
+def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
+    """This process's batches of the first `size` utterances."""
+    return batches_by_length(instances, batch_size, size, idist.get_rank(), idist.get_world_size())
+
+
+def progress(name: str, loader: DataLoader) -> tqdm:
+    total = sum(map(len, loader.batch_sampler))
+    return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures from results
+# ------------------------------------------------------------------------------------------------------------
+
+
+def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
+    """The gold reply's rank, 0 the best, among candidates whose last is gold.
+
+    Ties count against it, but not candidates with the gold reply's normalised text: ParlAI matches by text.
+    """
+    texts = [normalize(text) for text in texts]
+    gold = np.array([text == texts[-1] for text in texts])
+    return int((scores[~gold] >= scores[gold].max()).sum())
+
+
+def ranking_figures(results: Results, split: Split) -> tuple[dict[str, float], list[int]]:
+    ranks = []
+    for utterance, scores in enumerate(results.scores):
+        texts = split.candidate_texts(utterance)
+        ranks.append(gold_rank(scores[: len(texts)], texts))
+    return {f"hits@{k}": float(np.mean(np.array(ranks) < k)) for k in (1, 5, 10)}, ranks
+
+
+def perplexity_figures(results: Results) -> dict[str, float]:
+    """Word and token perplexity: exp of the summed negative log-likelihood over the count."""
+    words, tokens = results.words.sum(), results.tokens.sum()
+    return {
+        "word_ppl": math.exp(min(results.word_nll.sum() / words, 700)) if words else float("nan"),
+        "token_ppl": math.exp(min(results.nll.sum() / tokens, 700)),
+        "words": int(words),
+        "tokens": int(tokens),
+    }
+
+
+def reply_figures(replies: list[str], split: Split) -> dict[str, float]:
+    """F1, and what a person would notice of the replies."""
+    words = [normalize(reply).split() for reply in replies]
+    grams = {n: [gram for reply in words for gram in ngrams(reply, n)] for n in (1, 2)}
+    repeats = {"repeats_utterance": 0, "repeats_history_3gram": 0, "repeats_persona": 0}
+    for utterance, reply in enumerate(words):
+        history = [normalize(text).split() for text in split.history_texts(utterance)]
+        said = {gram for text in history for gram in ngrams(text, 3)}
+        persona = [normalize(text).split() for text in split.persona_texts(utterance)]
+        repeats["repeats_utterance"] += bool(reply) and reply in history
+        repeats["repeats_history_3gram"] += not said.isdisjoint(ngrams(reply, 3))
+        repeats["repeats_persona"] += any(text and tuple(text) in ngrams(reply, len(text)) for text in persona)
+    return {
+        "f1": float(np.mean([f1(reply, split.gold_text(i)) for i, reply in enumerate(replies)])),
+        "mean_length": float(np.mean([len(reply) for reply in words])),
+        "distinct_1": len(set(grams[1])) / max(1, len(grams[1])),
+        "distinct_2": len(set(grams[2])) / max(1, len(grams[2])),
+        "questions": float(np.mean([reply.rstrip().endswith("?") for reply in replies])),
+    } | {name: count / len(replies) for name, count in repeats.items()}
+
+
+def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report
+# ------------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "hits@1": "Hits@1",
+    "hits@5": "Hits@5",
+    "hits@10": "Hits@10",
+    "word_ppl": "PPL per word (the competition's)",
+    "token_ppl": "PPL per token (the trainer's)",
+    "f1": "F1",
+    "mean_length": "words per reply",
+    "distinct_1": "distinct words",
+    "distinct_2": "distinct word pairs",
+    "questions": "questions",
+    "repeats_utterance": "repeat an utterance",
+    "repeats_history_3gram": "repeat a 3-gram of the history",
+    "repeats_persona": "repeat a persona sentence",
+}
+
+
+def print_table(figures: dict[str, float]) -> None:
+    """This model's figures beside the published ones."""
+    width = max(map(len, NAMES.values()))
+    columns = {"hits@1": 0, "word_ppl": 1, "f1": 2}
+    print(f"\n{'metric':{width}}  this model   " + "  ".join(f"({i})" for i in range(1, len(ANCHORS) + 1)))
+    for key in [key for key in NAMES if key in figures]:
+        value, anchors = figures[key], [""] * len(ANCHORS)
+        if key in columns:
+            anchors = [str(published[columns[key]] or "-") for published in ANCHORS.values()]
+        percent = key not in ("word_ppl", "token_ppl", "mean_length")
+        shown = f"{100 * value:9.1f} %" if percent else f"{value:9.2f}  "
+        print(f"{NAMES[key]:{width}}  {shown}  " + " ".join(f"{anchor:>5}" for anchor in anchors))
+    for i, name in enumerate(ANCHORS, 1):
+        print(f"({i}) {name}; PPL per word")
+    print()
+
+
+def write_report(path: str, figures: dict[str, float], args: argparse.Namespace, seconds: float) -> None:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    report = {"figures": figures, "settings": vars(args), "versions": versions, "seconds": round(seconds, 1)}
+    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_predictions(path: str, split: Split, results: Results, ranks: list[int], replies: list[str]) -> None:
+    lines = []
+    for utterance in range(len(results.nll)):
+        line = {
+            "persona": split.persona_texts(utterance),
+            "history": split.history_texts(utterance),
+            "gold": split.gold_text(utterance),
+        }
+        if replies:
+            line["reply"] = replies[utterance]
+        if ranks:
+            candidates = split.candidate_texts(utterance)
+            scores = results.scores[utterance, : len(candidates)].tolist()
+            line |= {"rank": ranks[utterance] + 1, "candidates": candidates, "scores": scores}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error
+
+
+def evaluate(model, splits: dict[str, Split], tokenizer: DialogTokenizer, args: argparse.Namespace):
+    """Every figure that was asked for, and what it was made of: (figures, results, ranks, replies)."""
+    split = splits["valid"]
+    size = min(len(split), args.limit or len(split))
+    wanted = {"hits@1", "ppl", "f1"} if args.eval_type == "all" else {args.eval_type}
+    results = Results.empty(size, split.most_candidates() if "hits@1" in wanted else 1, args.max_length)
+    words = WordModel(splits, tokenizer) if "ppl" in wanted else None
+    instances = Instances(
+        split,
+        tokenizer.ids,
+        args.max_history,
+        model.limit,
+        num_candidates=0 if "hits@1" in wanted else 1,
+        extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else None,
+    )
+    instances.report_cuts("validation")
+    if wanted & {"hits@1", "ppl"}:
+        score(model, instances, words, args, results)
+    if "f1" in wanted:
+        generate_all(model, instances, args, results)
+    results = join_ranks(results)
+
+    figures, ranks, replies = {"utterances": size}, [], []
+    if "hits@1" in wanted:
+        hits, ranks = ranking_figures(results, split)
+        figures |= hits
+    if words:
+        figures |= perplexity_figures(results) | {"dictionary": len(words.words)}
+    if "f1" in wanted:
+        replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
+        figures |= reply_figures(replies, split)
+    return figures, results, ranks, replies
 
 
 def main() -> None:
     args = parse_args()
     device = check_device(args.device)
+    started = time.monotonic()
 
     from model import load_model  # heavy: after all that can be told to be wrong at once
 
@@ -55,11 +441,24 @@ def main() -> None:
     dataset = args.dataset_path or args.valid_path  # with the validation data alone, nothing else is needed
     splits = load_dataset(dataset, args.valid_path, args.dataset_cache, tokenizer)
     model = load_model(files, tokenizer, device)
+    if args.bf16:
+        model.bfloat16()
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
-    instances = Instances(splits["valid"], tokenizer.ids, args.max_history, model.limit)
-    instances.report_cuts("validation")
-    print(f"FINAL Hits@1: {hits_at_1(model, instances, args.valid_batch_size, device):.3f}")
+    figures, results, ranks, replies = evaluate(model, splits, tokenizer, args)
+    if idist.get_rank() > 0:
+        return
+    print_table(figures)
+    if args.output:
+        write_report(args.output, figures, args, time.monotonic() - started)
+    if args.predictions:
+        write_predictions(args.predictions, splits["valid"], results, ranks, replies)
+    if "hits@1" in figures:
+        print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
+    if "word_ppl" in figures:
+        print(f"FINAL PPL: {figures['word_ppl']:.1f}")
+    if "f1" in figures:
+        print(f"FINAL F1: {figures['f1']:.3f}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,10 @@ class DialogModel(nn.Module):
         return self.lm.device
 
     def forward(self, batch: Batch) -> Output:
-        hidden = self.hidden(batch)  # (B, T, D)
+        return self.heads(self.hidden(batch), batch)
+
+    def heads(self, hidden: Tensor, batch: Batch) -> Output:
+        """Both heads on hidden states (B, T, D)."""
         labelled = hidden.flatten(0, 1)[batch.lm_positions]  # the LM head only where a label is
         lm_nll = F.cross_entropy(self.lm_logits(labelled).float(), batch.lm_labels, reduction="none")
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
@@ -182,7 +185,7 @@ class DialogModel(nn.Module):
 
         No mask is needed: in a causal model no token sees the padding behind it.
         """
-        candidates = torch.arange(1, batch.ends.shape[1] + 1, device=batch.segments.device)[:, None]
+        candidates = torch.arange(1, int(batch.segments.max()) + 1, device=batch.segments.device)[:, None]
         segments = batch.segments[:, None]  # (B, 1, T)
         keep = (segments == 0) | (segments == candidates)  # (B, N, T)
         order = (~keep).long().argsort(dim=-1, stable=True)[..., : int(keep.sum(-1).max())]  # (B, N, T')
@@ -401,6 +404,9 @@ class Decoding:
         return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
 
 
+SMALL_NUCLEUS = 1024  # tokens
+
+
 def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     """Temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, section 3.1). (B, V) -> (B, V)
 
@@ -412,9 +418,13 @@ def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
         logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = logits.softmax(-1)
     if 0 < decoding.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
+        ordered, order = probabilities.topk(min(SMALL_NUCLEUS, probabilities.shape[-1]))
+        if bool((ordered.sum(-1) < decoding.top_p).any()):
+            ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        probabilities = torch.zeros_like(ordered).scatter_(-1, order, ordered.masked_fill(before >= decoding.top_p, 0))
+        nucleus = ordered.masked_fill(before >= decoding.top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, nucleus)
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,19 +35,23 @@ from utils import (
     SpecialIds,
     UserError,
     add_model_options,
+    add_valid_path,
     batches_by_length,
     check_device,
     collate,
     find_model,
     find_run,
     first_line,
+    launcher,
     load_dataset,
     load_tokenizer,
     log,
     make_folder,
     new_run_folder,
     number,
+    open_log,
     remove_unfinished,
+    run_of_launchers,
     run_script,
     set_seed,
     training_texts,
@@ -59,7 +62,7 @@ from utils import (
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model_options(parser)
-    parser.add_argument("--valid_path", default="", help="dataset to validate on, if not a part of --dataset_path")
+    add_valid_path(parser)
     parser.add_argument("--num_candidates", type=number(int, 1), default=2, help="candidates per training utterance")
     parser.add_argument("--train_batch_size", type=number(int, 1), default=4, help="utterances per forward pass")
     parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same for validation")
@@ -168,6 +171,19 @@ def leave_processes(learner: "Learner") -> None:
         learner.parallel = learner.model
         gc.collect()  # DDP goes first: as the last to hold the group it can wait for the group's threads for ever
         dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """Every process's value, in every process."""
+    values = [value] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_sum(*values: float, device: torch.device) -> list[float]:
@@ -476,10 +492,8 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, size: in
 
     Every process must call it. The file holds tensors and plain containers only.
     """
-    from ignite import distributed as idist
-
-    generators = idist.all_gather(random_states(learner.device))
-    if idist.get_rank() != 0:
+    generators = gather(random_states(learner.device))
+    if rank_and_size()[0] != 0:
         return
     state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
     make_folder(folder / "checkpoints")
@@ -501,10 +515,8 @@ def newest_checkpoint(folder: Path) -> dict | None:
 
     None where it was never called. Rank 0 says which file to read.
     """
-    from ignite import distributed as idist
-
     state, name = None, ""
-    if idist.get_rank() == 0:
+    if rank_and_size()[0] == 0:
         for path in reversed(checkpoints(folder)):
             try:
                 state, name = read_checkpoint(path), path.name
@@ -513,7 +525,7 @@ def newest_checkpoint(folder: Path) -> dict | None:
                 log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
         if state is None and checkpoints(folder):
             raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
-    name = idist.all_gather((name,))[0][0]
+    name = gather(name)[0]
     if name and state is None:
         try:
             state = read_checkpoint(folder / "checkpoints" / name)
@@ -530,8 +542,6 @@ def read_checkpoint(path: Path) -> dict:
 
 def restore(state: dict, learner: Learner, progress: Progress, size: int, args: argparse.Namespace) -> None:
     """Put a run where a checkpoint left it, on as many processes or another number."""
-    from ignite import distributed as idist
-
     if state["size"] != size:
         raise UserError(
             f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
@@ -542,13 +552,14 @@ def restore(state: dict, learner: Learner, progress: Progress, size: int, args: 
         setattr(progress, name, value)
     if progress.epoch > args.n_epochs > 0:
         raise UserError(f"--n_epochs {args.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more")
-    if len(state["generators"]) == idist.get_world_size():
-        states = state["generators"][idist.get_rank()]
+    rank, world_size = rank_and_size()
+    if len(state["generators"]) == world_size:
+        states = state["generators"][rank]
         torch.set_rng_state(states["cpu"])
         if learner.device.type != "cpu":
             torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
     else:
-        torch.manual_seed(hash((args.seed, progress.step, idist.get_rank())))
+        torch.manual_seed(hash((args.seed, progress.step, rank)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -556,42 +567,18 @@ def restore(state: dict, learner: Learner, progress: Progress, size: int, args: 
 # ------------------------------------------------------------------------------------------------------------
 
 
-def launcher() -> str:
-    """Names the torchrun agent that started this process, alike after an elastic restart; "" without one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ""
-    # An agent logs the errors of its processes in a folder of its own, <name>/attempt_<n>/<local rank>/error.json
-    agent_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
-    return f"{socket.gethostname()}:{os.getppid()}:{agent_folder.name}"
-
-
 def run_to_go_on_with(args: argparse.Namespace) -> Path | None:
     """The folder of --resume, or of the run that the same launcher had started before a restart; in every process."""
-    from ignite import distributed as idist
-
     if args.resume:
         return find_run(args.resume)
-    launchers = set(idist.all_gather((launcher(),))) if dist.is_initialized() else set()
-    launchers = {name for (name,) in launchers if name}
-    found = ""
-    if idist.get_rank() == 0 and launchers:
-        for path in Path(args.runs_dir).glob("*/launchers.txt"):
-            if launchers & set(path.read_text(encoding="utf-8").splitlines()):
-                found = str(path.parent)
-    found = idist.all_gather((found,))[0][0]
-    return Path(found) if found else None
+    launchers = set(gather(launcher())) - {""}
+    return gather(run_of_launchers(launchers, Path(args.runs_dir)) if rank_and_size()[0] == 0 else None)[0]
 
 
 def begin_run(args: argparse.Namespace) -> Path:
     """Make a run folder, on rank 0; its path, in every process."""
-    from ignite import distributed as idist
-
-    launchers = sorted({name for (name,) in idist.all_gather((launcher(),)) if name})
-    folder = new_run_folder(args.model, Path(args.runs_dir).resolve()) if idist.get_rank() == 0 else None
-    if folder and launchers:
-        with whole_files(folder) as partial:
-            (partial / "launchers.txt").write_text("\n".join(launchers), encoding="utf-8")
-    return Path(idist.all_gather((str(folder),))[0][0])
+    launchers = set(gather(launcher())) - {""}
+    return gather(new_run_folder(args.model, Path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None)[0]
 
 
 def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> None:
@@ -603,34 +590,9 @@ def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> 
         model.lm.config.save_pretrained(partial)
 
 
-class LossLog:
-    """`log.jsonl` in the run folder: a line of JSON for every step, and one for every validation."""
-
-    def __init__(self, folder: Path, progress: Progress):
-        self.path, self.progress = folder / "log.jsonl", progress
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        with whole_files(folder) as partial:
-            (partial / "log.jsonl").write_bytes(b"".join(line for line in lines if self.stands(line)))
-
-    def stands(self, line: bytes) -> bool:
-        """Whether a run that goes on from `progress` will not write this line again."""
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut short
-            return False
-        return record["step"] < self.progress.step + ("loss" in record)  # a validation behind the last step is redone
-
-    def write(self, values: dict[str, float]) -> None:
-        record = {"step": self.progress.step, "epoch": self.progress.epoch} | values
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; free some space") from error
-
-
-def attach_logging(trainer, evaluator, learner: Learner, progress: Progress, folder: Path):
-    """Progress bars, `log.jsonl` and TensorBoard events; the events' writer, to be closed at the end."""
+@contextlib.contextmanager
+def logging_to(folder: Path, trainer, evaluator, learner: Learner, progress: Progress) -> Iterator[None]:
+    """Progress bars, `log.jsonl` and TensorBoard events while the body runs."""
     from ignite.engine import Events
     from ignite.handlers import ProgressBar
     from ignite.handlers.tensorboard_logger import TensorboardLogger
@@ -640,22 +602,23 @@ def attach_logging(trainer, evaluator, learner: Learner, progress: Progress, fol
     def shown(output: dict[str, float]) -> dict[str, float]:
         return {name: output[name] for name in ("loss", "skipped") if name == "loss" or output[name]}
 
-    ProgressBar(bar_format=bar, unit="step").attach(trainer, output_transform=shown)
-    ProgressBar(bar_format=bar, desc="evaluate", unit="batch").attach(evaluator)
-    loss_log = LossLog(folder, progress)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: loss_log.write(engine.state.output))
-    evaluator.add_event_handler(Events.COMPLETED, lambda engine: loss_log.write(engine.state.metrics))
+    bars = (
+        ProgressBar(bar_format=bar, desc="train", unit="step"),
+        ProgressBar(bar_format=bar, desc="evaluate", unit="batch"),
+    )
+    bars[0].attach(trainer, output_transform=shown)
+    bars[1].attach(evaluator)
+    append = open_log(folder, progress.step)
+    place = lambda: {"step": progress.step, "epoch": progress.epoch}  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: append(place() | engine.state.output))
+    evaluator.add_event_handler(Events.COMPLETED, lambda engine: append(place() | engine.state.metrics))
     board = TensorboardLogger(log_dir=folder, purge_step=progress.step + 1 if progress.step else None)
-
-    def step(*_) -> int:
-        return progress.step
-
     board.attach_output_handler(
         trainer,
         Events.ITERATION_COMPLETED,
         "training",
         output_transform=lambda output: output,
-        global_step_transform=step,
+        global_step_transform=lambda *_: progress.step,
     )
     board.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, learner.optimizer)
     board.attach_output_handler(
@@ -663,9 +626,15 @@ def attach_logging(trainer, evaluator, learner: Learner, progress: Progress, fol
         Events.COMPLETED,
         "validation",
         metric_names=["nll", "token_ppl", "hits@1"],
-        global_step_transform=step,
+        global_step_transform=lambda *_: progress.step,
     )
-    return board
+    try:
+        with board:
+            yield
+    finally:
+        for each in bars:
+            if each.pbar is not None:
+                each.pbar.close()  # what is said next begins a line of its own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -679,15 +648,15 @@ def main() -> None:
     set_seed(args.seed)
 
     # Heavy imports come after the options are known to be right, so that a mistake is told at once.
-    from ignite import distributed as idist
+    from ignite.distributed import one_rank_first
 
     from model import load_model
 
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
-    rank, world_size = idist.get_rank(), idist.get_world_size()
+    rank, world_size = rank_and_size()
     folder = run_to_go_on_with(args)
     state = newest_checkpoint(folder) if folder else None
-    with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+    with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_model(str(folder) if state else args.model)
         texts = partial(training_texts, args.dataset_path, args.valid_path)
         tokenizer = load_tokenizer(files, args.pre_tokenizer, texts)
@@ -733,14 +702,14 @@ def fit(
     from ignite import distributed as idist
     from ignite.engine import Events
 
-    rank, world_size = idist.get_rank(), idist.get_world_size()
+    rank, world_size = rank_and_size()
     step_size = args.train_batch_size * args.gradient_accumulation_steps * world_size
     sampler = StepSampler(len(train), step_size, args.seed, rank, world_size)
     filler = train[0] if len(train) else None
     collate_micro = partial(collate_step, batch_size=args.train_batch_size, ids=train.special_ids, filler=filler)
     # A generator of its own: each pass draws a seed, which must not move the generator that dropout draws from.
     train_loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_micro, generator=torch.Generator())
-    valid_loader = batches_by_length(valid, args.valid_batch_size, rank, world_size)
+    valid_loader = batches_by_length(valid, args.valid_batch_size, rank=rank, world=world_size)
 
     stop = StopSignal()
     trainer = build_trainer(learner, sampler, progress, stop, args)
@@ -770,24 +739,26 @@ def fit(
     trainer.add_event_handler(Events.ITERATION_COMPLETED, save_state_in_between)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, save_state)  # before the evaluation, which resuming does again
     trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluate_and_save)
-    with contextlib.ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(attach_logging(trainer, evaluator, learner, progress, folder))
-        stack.enter_context(stop)
+    with stop:
         try:
-            if (progress.done == len(train)) if progress.step else (args.eval_before_start or not args.n_epochs):
-                evaluate_and_save()
-            if progress.epoch < args.n_epochs or progress.done < len(train) and args.n_epochs:
-                sampler.start = progress.done
-                iteration = progress.epoch * len(sampler) - sampler.steps_left()
-                trainer.load_state_dict(
-                    {"iteration": iteration, "epoch_length": len(sampler), "max_epochs": args.n_epochs}
-                )
-                trainer.run(train_loader, max_epochs=args.n_epochs)
+            with logging_to(folder, trainer, evaluator, learner, progress) if rank == 0 else contextlib.nullcontext():
+                if (progress.done == len(train)) if progress.step else (args.eval_before_start or not args.n_epochs):
+                    evaluate_and_save()
+                if args.n_epochs and (progress.epoch < args.n_epochs or progress.done < len(train)):
+                    sampler.start = progress.done
+                    done = progress.epoch * len(sampler) - sampler.steps_left()
+                    trainer.load_state_dict(
+                        {"iteration": done, "epoch_length": len(sampler), "max_epochs": args.n_epochs}
+                    )
+                    trainer.run(train_loader, max_epochs=args.n_epochs)
         except Stopped:
             save_state()
-            idist.barrier()  # a launcher ends all processes when the first one ends
-            command = "python" if world_size == 1 else f"torchrun --nproc_per_node={idist.get_nproc_per_node()}"
+            gather("saved")  # a launcher ends all processes when the first one ends
+            command = (
+                "python"
+                if world_size == 1
+                else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size)}"
+            )
             log.info(
                 f"stopped after step {progress.step}, saved in {folder}\n"
                 f"go on with: {command} train.py --resume {shlex.quote(str(folder))}"

@@ -23,7 +23,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -126,6 +126,12 @@ def add_model_options(parser: argparse.ArgumentParser, note: str = "") -> None:
     )
 
 
+def add_valid_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--valid_path", default="", help="path or URL of the validation data, if --dataset_path has none"
+    )
+
+
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how a reply is drawn."""
     parser.add_argument("--no_sample", action="store_true", help="greedy decoding: always the likeliest token")
@@ -193,6 +199,14 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file its final name, and a new file's usual permissions (safetensors makes its own private)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)
+    os.replace(partial, path)
+
+
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the body is done: each appears there whole or not at all.
@@ -204,10 +218,9 @@ def whole_files(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as partial:
             yield Path(partial)
             for file in sorted(os.listdir(partial)):
-                if not os.path.islink(Path(partial, file)):
-                    with open(Path(partial, file), "rb+") as written:
-                        os.fsync(written.fileno())  # on the disk before it has its name: machines lose power
-                os.replace(Path(partial, file), folder / file)
+                with open(Path(partial, file), "rb+") as written:
+                    os.fsync(written.fileno())  # on the disk before it has its name: machines lose power
+                put_in_place(Path(partial, file), folder / file)
     except UserError:
         raise
     except Exception as error:  # safetensors and torch have their own errors for a full disk
@@ -643,6 +656,11 @@ class DialogTokenizer:
             texts = [spacy_words(text) for text in texts]
         return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def encode_inside(self, words: list[str]) -> list[list[int]]:
+        """The ids of words that stand behind another one: in byte-level vocabularies they carry their space."""
+        before = self.encode(["a"])[0]
+        return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
+
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens."""
         ids = [i for i in ids if i not in self.ids.all]
@@ -803,6 +821,25 @@ class Split:
     def text(self, string: int) -> str:
         return self.texts[self.text_offsets[string] : self.text_offsets[string + 1]].tobytes().decode()
 
+    def persona_texts(self, utterance: int) -> list[str]:
+        return [self.text(string) for string in self.strings("persona", self.dialogs[utterance])]
+
+    def history_texts(self, utterance: int) -> list[str]:
+        return [self.text(string) for string in self.strings("history", utterance)]
+
+    def candidate_texts(self, utterance: int) -> list[str]:
+        return [self.text(string) for string in self.strings("candidates", utterance)]
+
+    def gold_text(self, utterance: int) -> str:
+        return self.text(self.strings("candidates", utterance)[-1])
+
+    @property
+    def n_dialogs(self) -> int:
+        return len(self._lists["persona"][0]) - 1
+
+    def most_candidates(self) -> int:
+        return int(np.diff(self._lists["candidates"][0]).max())
+
 
 def load_dataset(
     name: str, valid_name: str, cache: str, tokenizer: DialogTokenizer, progress: bool = True
@@ -957,7 +994,7 @@ def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(arrays, partial, metadata={"key": key, "checksum": checksum(arrays)})
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except Exception as error:  # safetensors has its own error for a full disk
         raise UserError(
             f"cannot write {path}: {first_line(error)}; free some space or pass another --dataset_cache"
@@ -1010,6 +1047,7 @@ class Instance:
     prefix: list[int]  # <bos> persona, each history utterance behind its speaker, the reply's <speaker1>
     token_types: list[int]  # of the prefix: every token's speaker
     candidates: list[list[int]]  # reply tokens and <eos>; the gold one is the last
+    extra: list[int] = field(default_factory=list)  # one more continuation, in no loss and no ranking
 
 
 def fit(
@@ -1065,6 +1103,7 @@ class Instances(torch.utils.data.Dataset):
         permutations: rotations of the persona's sentences; instance i is utterance `i % len(split)`, rotated by
             `i // len(split)` sentences.
         limit: tokens the model takes.
+        extras: by the string number of a gold reply, tokens that the instance gets as `extra`.
     """
 
     def __init__(
@@ -1075,15 +1114,25 @@ class Instances(torch.utils.data.Dataset):
         limit: int,
         num_candidates: int = 0,
         permutations: int = 1,
+        extras: dict[int, list[int]] | None = None,
     ):
         self.split, self.special_ids, self.limit = split, ids, limit
         self.n_history = 2 * max_history + 1
-        self.num_candidates, self.permutations = num_candidates, permutations
+        self.num_candidates, self.permutations = max(num_candidates, 0), permutations
+        self.extras = extras or {}
 
     def __len__(self) -> int:
         return len(self.split) * self.permutations
 
     def __getitem__(self, index: int) -> Instance:
+        candidates = self.split.strings("candidates", index % len(self.split))[-self.num_candidates :]
+        extra = self.extras.get(int(candidates[-1]), [])
+        replies = [self.split.ids(candidate) for candidate in candidates]
+        (prefix, types), room = self.prefix(index, max(map(len, [*replies, extra])))
+        return Instance(prefix, types, [[*ids[:room], self.special_ids.eos] for ids in replies], extra[:room])
+
+    def prefix(self, index: int, reply: int) -> tuple[tuple[list[int], list[int]], int]:
+        """The prefix (tokens, types) of an instance, cut for `reply` tokens to come, and how many of them may."""
         rotation, utterance = divmod(index, len(self.split))
         split = self.split
         persona = [split.ids(s) for s in split.strings("persona", split.dialogs[utterance])]
@@ -1091,10 +1140,8 @@ class Instances(torch.utils.data.Dataset):
             rotation %= len(persona)
             persona = persona[len(persona) - rotation :] + persona[: len(persona) - rotation]
         history = [split.ids(s) for s in split.strings("history", utterance)[-self.n_history :]]
-        candidates = [split.ids(s) for s in split.strings("candidates", utterance)[-self.num_candidates :]]
-        persona, history, room = fit(persona, history, max(map(len, candidates)), self.limit)
-        prefix, types = build_prefix(persona, history, self.special_ids)
-        return Instance(prefix, types, [[*reply[:room], self.special_ids.eos] for reply in candidates])
+        persona, history, room = fit(persona, history, reply, self.limit)
+        return build_prefix(persona, history, self.special_ids), room
 
     def lengths(self) -> np.ndarray:
         """Tokens of each utterance's longest row (prefix and longest candidate) before anything is cut."""
@@ -1146,6 +1193,12 @@ class Batch:
     n_candidates: torch.Tensor  # (B,)
     lm_positions: torch.Tensor  # (L,) positions, in the flattened (B * T), that predict a token of a gold reply
     lm_labels: torch.Tensor  # (L,) the tokens they predict: the gold replies and their <eos>
+    extra_starts: torch.Tensor  # (B,) where each row's extra continuation begins, in the flattened (B * T); 0: none
+
+    def prefix_ends(self) -> torch.Tensor:
+        """(B,) where each row's prefix ends, in the flattened (B * T)."""
+        rows = torch.arange(len(self.segments), device=self.segments.device)
+        return rows * self.segments.shape[1] + (self.segments == 0).sum(1) - 1
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
@@ -1153,42 +1206,45 @@ class Batch:
 
 def collate(instances: list[Instance], ids: SpecialIds) -> Batch:
     """Pack instances into a batch as wide as its longest row."""
-    rows = [len(i.prefix) + sum(map(len, i.candidates)) for i in instances]
+    rows = [len(i.prefix) + sum(map(len, i.candidates)) + len(i.extra) for i in instances]
     shape = len(instances), max(rows)
     width = max(len(instance.candidates) for instance in instances)
     tokens, types = np.full(shape, ids.pad), np.full(shape, ids.pad)
     positions, segments = np.zeros(shape, np.int64), np.full(shape, -1)
-    ends = np.zeros((len(instances), width), np.int64)
+    ends, extra_starts = np.zeros((len(instances), width), np.int64), np.zeros(len(instances), np.int64)
     lm_positions, lm_labels = [], []
     for row, instance in enumerate(instances):
-        at = len(instance.prefix)
+        start = at = len(instance.prefix)
         tokens[row, :at], types[row, :at] = instance.prefix, instance.token_types
         positions[row, :at], segments[row, :at] = range(at), 0
         types[row, at : rows[row]] = ids.speaker1
-        for n, candidate in enumerate(instance.candidates):
-            span = slice(at, at + len(candidate))
-            tokens[row, span], segments[row, span] = candidate, n + 1
-            positions[row, span] = range(len(instance.prefix), len(instance.prefix) + len(candidate))
+        for n, continuation in enumerate([*instance.candidates, instance.extra]):
+            span = slice(at, at + len(continuation))
+            tokens[row, span], segments[row, span] = continuation, n + 1
+            positions[row, span] = range(start, start + len(continuation))
+            if n < len(instance.candidates):
+                ends[row, n] = span.stop - 1
+            elif instance.extra:
+                extra_starts[row] = row * shape[1] + at
             at = span.stop
-            ends[row, n] = at - 1
         gold = instance.candidates[-1]  # its first token is predicted by the prefix's last, the next by the one before
-        flat = row * shape[1]
-        lm_positions += [flat + len(instance.prefix) - 1, *range(flat + at - len(gold), flat + at - 1)]
+        end = row * shape[1] + ends[row, len(instance.candidates) - 1]
+        lm_positions += [row * shape[1] + start - 1, *range(end - len(gold) + 1, end)]
         lm_labels += gold
     counts = [len(instance.candidates) for instance in instances]
-    return Batch(*map(torch.as_tensor, (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels)))
+    columns = (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels, extra_starts)
+    return Batch(*map(torch.as_tensor, columns))
 
 
 def batches_by_length(
-    instances: Instances, batch_size: int, rank: int = 0, world_size: int = 1
+    instances: Instances, batch_size: int, size: int | None = None, rank: int = 0, world: int = 1
 ) -> torch.utils.data.DataLoader:
-    """A whole split in batches of like length; for what does not depend on the order.
+    """The first `size` utterances of a split in batches of like length; for what does not depend on the order.
 
-    Of `world_size` processes each gets its share of the batches. The batches are the same for any number of
-    processes, so sums over them are too; a share may be empty.
+    Of `world` processes, `rank` gets its share of the batches; every utterance is in one of them.
     """
-    order = np.argsort(instances.lengths(), kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
+    order = np.argsort(instances.lengths()[:size], kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
     collate_batch = partial(collate, ids=instances.special_ids)
     return torch.utils.data.DataLoader(instances, batch_sampler=batches, collate_fn=collate_batch)
 
@@ -1201,8 +1257,13 @@ def batches_by_length(
 RUNS = Path(__file__).resolve().parent / "runs"
 
 
-def new_run_folder(model: str, runs: Path = RUNS) -> Path:
-    """Create `<runs>/<Mon><DD>_<HH-MM-SS>_<host>_<model>` under a name no other run has, and point `latest` to it."""
+def new_run_folder(model: str, runs: Path = RUNS, launchers: Iterable[str] = ()) -> Path:
+    """Create `<runs>/<Mon><DD>_<HH-MM-SS>_<host>_<model>` under a name no other run has, and point `latest` to it.
+
+    Args:
+        launchers: names of the launchers that start its processes, for `run_of_launchers`.
+    """
+    runs = runs.resolve()
     short = re.sub(r"[^\w.-]+", "_", Path(urlsplit(model).path.rstrip("/")).name or "model")
     base = runs / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
     make_folder(base.parent)
@@ -1214,6 +1275,8 @@ def new_run_folder(model: str, runs: Path = RUNS) -> Path:
             continue
         except OSError as error:
             raise UserError(f"cannot create {folder}: {error.strerror}; pass another --runs_dir") from error
+        with whole_files(folder) as partial:
+            (partial / "launchers.txt").write_text("\n".join(sorted(launchers)), encoding="utf-8")
         point_latest_to(folder)
         return folder
     raise UserError(f"{base} exists a hundred times; remove some runs")
@@ -1221,11 +1284,15 @@ def new_run_folder(model: str, runs: Path = RUNS) -> Path:
 
 def point_latest_to(folder: Path) -> None:
     """Make `latest` beside a run folder a link to it, or a text file with its name where links are not possible."""
-    with whole_files(folder.parent) as partial:
+    partial = folder.with_name(f".latest-{folder.name}")
+    try:
         try:
-            (partial / "latest").symlink_to(folder.name)
+            partial.symlink_to(folder.name)
         except OSError:  # Windows, and file systems without links
-            (partial / "latest").write_text(folder.name, encoding="utf-8")
+            partial.write_text(folder.name, encoding="utf-8")
+        os.replace(partial, folder.with_name("latest"))
+    except OSError as error:
+        raise UserError(f"cannot write {folder.parent}/latest: {error.strerror}; remove it") from error
 
 
 def find_run(name: str) -> Path:
@@ -1240,3 +1307,50 @@ def find_run(name: str) -> Path:
     if not (folder / "training_args.json").is_file():
         raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
     return folder
+
+
+def launcher() -> str:
+    """Names the torchrun agent that started this process, alike after an elastic restart; "" without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    # An agent logs the errors of its processes in a folder of its own, <name>/attempt_<n>/<local rank>/error.json
+    agent_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
+    return f"{socket.gethostname()}:{os.getppid()}:{agent_folder.name}"
+
+
+def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
+    """The run folder that one of these launchers has begun."""
+    for path in runs.resolve().glob("*/launchers.txt"):
+        if launchers & set(path.read_text(encoding="utf-8").splitlines()):
+            return path.parent
+    return None
+
+
+def open_log(folder: Path, step: int) -> Callable[[dict], None]:
+    """A function that adds a record, as a line of JSON, to `log.jsonl` in a run folder.
+
+    Args:
+        step: where the run goes on from. Lines are dropped that it will write again: those of later steps, and a
+            validation after this one.
+    """
+    path = folder / "log.jsonl"
+
+    def stands(line: bytes) -> bool:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut short
+            return False
+        return record["step"] < step + ("loss" in record)
+
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with whole_files(folder) as partial:
+        (partial / path.name).write_bytes(b"".join(filter(stands, lines)))
+
+    def append(record: dict) -> None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}; free some space") from error
+
+    return append

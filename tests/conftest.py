@@ -54,7 +54,7 @@ SIZES = {
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
     },
-    "gpt_neox": LLAMA_SIZES,
+    "gpt_neox": {name: size for name, size in LLAMA_SIZES.items() if name != "num_key_value_heads"},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     "gpt_neo": {
@@ -62,6 +62,7 @@ SIZES = {
         "num_layers": 2,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
+        "window_size": 32,  # less than a packed row, more than a short one
         "max_position_embeddings": 128,
     },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
@@ -73,7 +74,10 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int) -> int:
     settings = {"vocab_size": vocab_size, "show_progress": False}
     if kind == "openai-gpt":  # lower-case words, each ending in </w>
         bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-        bpe.normalizer, bpe.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        bpe.normalizer, bpe.pre_tokenizer = (
+            normalizers.BertNormalizer(lowercase=True),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>-:;")
         # Every letter also as the last of a word, which the trainer learns only where it has seen one.
         texts = [*TEXTS, " ".join(letters)]

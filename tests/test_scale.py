@@ -400,7 +400,8 @@ def test_killed_five_times(options, uninterrupted, tmp_path):
         run = resume(tmp_path)
     run.done()
     assert_same_losses(losses(tmp_path), losses(uninterrupted(1)), within=1e-5)
-    assert validations(tmp_path) == validations(uninterrupted(1))
+    for found, expected in zip(validations(tmp_path), validations(uninterrupted(1)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
     assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
     assert [path.name for path in train.checkpoints(find_run(tmp_path / "runs" / "latest"))] == [
         "step-000000022.pt",
@@ -498,7 +499,7 @@ def test_options_of_a_resumed_run(uninterrupted, monkeypatch):
     args = parse("--n_epochs", "9", "--lr", "3e-3")
     assert (args.n_epochs, args.lr, args.gradient_accumulation_steps) == (9, 3e-3, 4)
     for options in (["--lr", "1e-3"], ["--seed", "1"], ["--fp16", "O1"], ["--model", "gpt2"]):
-        with pytest.raises(UserError, match=f"{options[0]} {options[1]}.*was started with"):
+        with pytest.raises(UserError, match=f"{options[0]} .*was started with"):
             parse(*options)
     with pytest.raises(UserError, match="no training_args.json"):
         find_run(folder.parent)

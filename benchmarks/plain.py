@@ -1,0 +1,75 @@
+"""The plain way: the original's algorithm on today's transformers, to measure against.
+
+Every candidate is its own row, padded to the longest of the dataset; transformers' own double-head class computes
+full LM logits in its default attention; nothing is cached or batched when generating.
+"""
+
+import torch
+from transformers import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
+
+from convai_evaluation import WordModel
+from model import Decoding, DialogModel, OpenAIGPTLMHeadModel, draw, filtered_probabilities, with_choice_head
+from utils import DialogTokenizer, Instance, Instances
+
+FULL = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # the openai-gpt shape
+QUICK = {"n_layer": 2, "n_embd": 128, "n_head": 4}
+ROWS = 40483  # of the embedding: openai-gpt's vocabulary and five special tokens
+
+
+def random_model(tokenizer: DialogTokenizer, shape: dict[str, int]) -> DialogModel:
+    """A DialogModel of the openai-gpt family with random weights."""
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=ROWS, n_positions=512, **shape)
+    return DialogModel(with_choice_head(OpenAIGPTLMHeadModel)(config), tokenizer.ids).eval()
+
+
+def double_heads(model: DialogModel) -> OpenAIGPTDoubleHeadsModel:
+    """transformers' own class with the same weights."""
+    plain = OpenAIGPTDoubleHeadsModel(model.lm.config)
+    plain.load_state_dict(model.lm.state_dict(), strict=True)
+    return plain.to(model.device).eval()
+
+
+def scores(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, width: int, speaker: int, pad: int) -> torch.Tensor:
+    """Multiple-choice scores (N,) of an utterance's candidates, each in a row of `width` tokens."""
+    rows = [instance.prefix + candidate for candidate in instance.candidates]
+    types = [instance.token_types + [speaker] * len(candidate) for candidate in instance.candidates]
+    padded = [[row + [pad] * (width - len(row)) for row in column] for column in (rows, types)]
+    tokens, token_types = torch.tensor(padded, device=plain.device)
+    ends = torch.tensor([len(row) - 1 for row in rows], device=plain.device)
+    return plain(tokens[None], token_type_ids=token_types[None], mc_token_ids=ends[None]).mc_logits[0]
+
+
+def next_logits(plain: OpenAIGPTDoubleHeadsModel, tokens: list[int], types: list[int]) -> torch.Tensor:
+    """Logits (V,) behind one row, which is computed whole each time."""
+    ids, token_types = torch.tensor([tokens, types], device=plain.device)
+    ends = torch.tensor([[len(tokens) - 1]], device=plain.device)
+    return plain(ids[None, None], token_type_ids=token_types[None, None], mc_token_ids=ends).logits[0, 0, -1]
+
+
+def word_nll(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, words: WordModel, gold: int, speaker: int) -> float:
+    """The summed negative log-likelihood of a reply's words: one forward pass for each."""
+    total = 0.0
+    for offset, word, inside in words.spelled[gold].positions:
+        tokens = instance.prefix + instance.extra[:offset]
+        logits = next_logits(plain, tokens, instance.token_types + [speaker] * offset)
+        total -= float(words.log_probabilities(logits[None], torch.tensor([word]), inside))
+    return total
+
+
+def reply(
+    plain: OpenAIGPTDoubleHeadsModel, instances: Instances, index: int, decoding: Decoding, generator: torch.Generator
+) -> list[int]:
+    """A sampled reply, token by token."""
+    ids = instances.special_ids
+    (tokens, types), _ = instances.prefix(index, decoding.max_length)
+    found: list[int] = []
+    while len(found) < decoding.max_length:
+        logits = next_logits(plain, tokens + found, types + [ids.speaker1] * len(found))[None]
+        if len(found) < decoding.min_length:
+            logits[:, sorted(ids.all)] = float("-inf")
+        token = int(draw(filtered_probabilities(logits, decoding), [generator]))
+        if token in ids.all:
+            break
+        found.append(token)
+    return found
