@@ -159,8 +159,13 @@ def join_processes(args: argparse.Namespace) -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # The timeout must allow for a download; a process that dies is noticed by torchrun, or by its closed sockets.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    if dist.get_rank() != 0:
+    timeout = timedelta(minutes=30)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, and what the processes before wrote there would be taken for news.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if rank != 0:
         log.setLevel(logging.ERROR)
     return device
 
@@ -699,7 +704,6 @@ def fit(
     learner: Learner, progress: Progress, train: Instances, valid: Instances, args: argparse.Namespace, folder: Path
 ) -> None:
     """Train from `progress` to the end, with an evaluation after every epoch; or to a signal, and exit."""
-    from ignite import distributed as idist
     from ignite.engine import Events
 
     rank, world_size = rank_and_size()
@@ -736,12 +740,16 @@ def fit(
         if rank == 0:
             learner.model.save(folder)
 
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, save_state_in_between)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, save_state)  # before the evaluation, which resuming does again
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluate_and_save)
+    def save_state_and_evaluate() -> None:
+        save_state()  # first: what is resumed from here evaluates again
+        evaluate_and_save()
+
     with stop:
         try:
             with logging_to(folder, trainer, evaluator, learner, progress) if rank == 0 else contextlib.nullcontext():
+                # Behind the logging: a step that a checkpoint holds is in the log.
+                trainer.add_event_handler(Events.ITERATION_COMPLETED, save_state_in_between)
+                trainer.add_event_handler(Events.EPOCH_COMPLETED, save_state_and_evaluate)
                 if (progress.done == len(train)) if progress.step else (args.eval_before_start or not args.n_epochs):
                     evaluate_and_save()
                 if args.n_epochs and (progress.epoch < args.n_epochs or progress.done < len(train)):
@@ -754,11 +762,8 @@ def fit(
         except Stopped:
             save_state()
             gather("saved")  # a launcher ends all processes when the first one ends
-            command = (
-                "python"
-                if world_size == 1
-                else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size)}"
-            )
+            local_size = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+            command = "python" if world_size == 1 else f"torchrun --nproc_per_node={local_size}"
             log.info(
                 f"stopped after step {progress.step}, saved in {folder}\n"
                 f"go on with: {command} train.py --resume {shlex.quote(str(folder))}"
