@@ -308,7 +308,8 @@ class Learner:
         if args.fp16 in ("O2", "O3"):
             model.half()
         # AdamW as the original's library had it: no weight decay, epsilon 1e-6 (torch's defaults differ). In O3 the
-        # squared gradients are often 0 in fp16, and such an epsilon would make the steps endless.
+        # squared gradients are often 0 in fp16 and such an epsilon makes endless steps: seen NaN from step 2 with 1e-8
+        # and 1e-6, a rising loss with 1e-5, and the lowest losses with 1e-4.
         epsilon = 1e-4 if args.fp16 == "O3" else 1e-6
         self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, eps=epsilon, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.fp16 in ("O1", "O2"))
@@ -572,17 +573,15 @@ def restore(state: dict, learner: Learner, progress: Progress, size: int, args: 
 # ------------------------------------------------------------------------------------------------------------
 
 
-def run_to_go_on_with(args: argparse.Namespace) -> Path | None:
-    """The folder of --resume, or of the run that the same launcher had started before a restart; in every process."""
+def run_to_go_on_with(args: argparse.Namespace, launchers: set[str]) -> Path | None:
+    """The folder of --resume, or of the run that these launchers had begun before a restart; in every process."""
     if args.resume:
         return find_run(args.resume)
-    launchers = set(gather(launcher())) - {""}
     return gather(run_of_launchers(launchers, Path(args.runs_dir)) if rank_and_size()[0] == 0 else None)[0]
 
 
-def begin_run(args: argparse.Namespace) -> Path:
+def begin_run(args: argparse.Namespace, launchers: set[str]) -> Path:
     """Make a run folder, on rank 0; its path, in every process."""
-    launchers = set(gather(launcher())) - {""}
     return gather(new_run_folder(args.model, Path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None)[0]
 
 
@@ -614,25 +613,22 @@ def logging_to(folder: Path, trainer, evaluator, learner: Learner, progress: Pro
     bars[0].attach(trainer, output_transform=shown)
     bars[1].attach(evaluator)
     append = open_log(folder, progress.step)
-    place = lambda: {"step": progress.step, "epoch": progress.epoch}  # noqa: E731
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: append(place() | engine.state.output))
-    evaluator.add_event_handler(Events.COMPLETED, lambda engine: append(place() | engine.state.metrics))
     board = TensorboardLogger(log_dir=folder, purge_step=progress.step + 1 if progress.step else None)
-    board.attach_output_handler(
-        trainer,
-        Events.ITERATION_COMPLETED,
-        "training",
-        output_transform=lambda output: output,
-        global_step_transform=lambda *_: progress.step,
-    )
     board.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, learner.optimizer)
-    board.attach_output_handler(
-        evaluator,
-        Events.COMPLETED,
-        "validation",
-        metric_names=["nll", "token_ppl", "hits@1"],
-        global_step_transform=lambda *_: progress.step,
-    )
+    for engine, event, tag, found in (
+        (trainer, Events.ITERATION_COMPLETED, "training", lambda: trainer.state.output),
+        (evaluator, Events.COMPLETED, "validation", lambda: evaluator.state.metrics),
+    ):
+        engine.add_event_handler(
+            event, lambda found: append({"step": progress.step, "epoch": progress.epoch} | found()), found
+        )
+        board.attach_output_handler(
+            engine,
+            event,
+            tag,
+            output_transform=lambda _, found=found: found(),
+            global_step_transform=lambda *_: progress.step,
+        )
     try:
         with board:
             yield
@@ -659,7 +655,8 @@ def main() -> None:
 
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
     rank, world_size = rank_and_size()
-    folder = run_to_go_on_with(args)
+    launchers = set(gather(launcher())) - {""}
+    folder = run_to_go_on_with(args, launchers)
     state = newest_checkpoint(folder) if folder else None
     with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_model(str(folder) if state else args.model)
@@ -687,7 +684,7 @@ def main() -> None:
         restore(state, learner, progress, len(train), args)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     del state
-    folder = folder or begin_run(args)
+    folder = folder or begin_run(args, launchers)
     if rank == 0:
         remove_unfinished(folder)
         remove_unfinished(folder / "checkpoints")
