@@ -4,7 +4,6 @@ Shapes: B rows, T tokens, N candidates, L labelled tokens, D hidden size, V voca
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from utils import (
     fit,
     load_config,
     log,
-    put_in_place,
+    whole_files,
 )
 
 transformers.logging.set_verbosity_error()  # its load reports and advice are ours to give
@@ -46,6 +45,8 @@ transformers.logging.disable_progress_bar()
 
 class OpenAIGPTBody(OpenAIGPTModel):
     """transformers' OpenAI GPT, same parameters, with a forward like GPT-2's."""
+
+    gradient_checkpointing = False  # transformers' switch sets it, and the function `_gradient_checkpointing_func`
 
     def __init__(self, config):
         super().__init__(config)
@@ -70,11 +71,17 @@ class OpenAIGPTBody(OpenAIGPTModel):
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         x = self.drop(inputs_embeds + self.positions_embed(position_ids))
+        cache = past_key_values if use_cache else None
         for layer, block in enumerate(self.h):
-            attended = self._attend(block.attn, x, attention_mask, past_key_values if use_cache else None, layer)
-            x = block.ln_1(x + attended)
-            x = block.ln_2(x + block.mlp(x))
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(self._layer, block, x, attention_mask, None, layer)
+            else:
+                x = self._layer(block, x, attention_mask, cache, layer)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+
+    def _layer(self, block, x: Tensor, mask: Tensor | None, cache: DynamicCache | None, layer: int) -> Tensor:
+        x = block.ln_1(x + self._attend(block.attn, x, mask, cache, layer))
+        return block.ln_2(x + block.mlp(x))
 
     def _attend(self, attn, x: Tensor, mask: Tensor | None, cache: DynamicCache | None, layer: int) -> Tensor:
         q, k, v = (part.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
@@ -87,6 +94,8 @@ class OpenAIGPTBody(OpenAIGPTModel):
 
 
 class OpenAIGPTWithCache(OpenAIGPTLMHeadModel):
+    supports_gradient_checkpointing = True
+
     def __init__(self, config):
         super().__init__(config)
         self.transformer = OpenAIGPTBody(config)
@@ -219,10 +228,19 @@ class DialogModel(nn.Module):
 
         Each file appears whole under its name or not at all.
         """
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as partial:
+        with whole_files(folder) as partial:
             self.lm.save_pretrained(partial)
-            for file in os.listdir(partial):
-                put_in_place(Path(partial, file), folder / file)
+
+    def checkpoint_gradients(self) -> None:
+        """From now on keep only each layer's input for the backward pass and compute the rest again."""
+        # before transformers 5.22 it had the second name
+        enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                f"--gradient_checkpointing: {first_line(error)}; leave it out for this model, or use another one"
+            ) from error
 
 
 def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,20 +1,33 @@
-"""Fine-tune a causal language model on dialogs with two heads: language modelling and multiple choice."""
+"""Fine-tune a causal language model on dialogs with two heads: language modelling and multiple choice.
+
+One process, or many under torchrun: every process has the whole model and a share of each batch.
+"""
 
 import argparse
+import contextlib
+import gc
 import json
 import logging
 import math
+import os
 import shlex
+import signal
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from utils import (
+    RUNS,
     Batch,
     Instance,
     Instances,
@@ -27,14 +40,22 @@ from utils import (
     check_device,
     collate,
     find_model,
+    find_run,
+    first_line,
+    launcher,
     load_dataset,
     load_tokenizer,
     log,
+    make_folder,
     new_run_folder,
     number,
+    open_log,
+    remove_unfinished,
+    run_of_launchers,
     run_script,
     set_seed,
     training_texts,
+    whole_files,
 )
 
 
@@ -54,9 +75,153 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--personality_permutations", type=number(int, 1), default=1, help="rotations of each persona")
     parser.add_argument("--eval_before_start", action="store_true", help="evaluate before the first step too")
     parser.add_argument("--seed", type=int, default=42, help="of everything random")
-    parser.add_argument("--fp16", choices=["", "O0", "O1", "O2", "O3"], default="", help="mixed precision (not yet)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers (not yet)")
-    return parser.parse_args()
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--fp16",
+        choices=["", "O0", "O1", "O2", "O3"],
+        default="",
+        help="mixed precision by apex's names. O0: none; O1: autocast; O2: fp16 weights, fp32 master weights; O3: fp16",
+    )
+    precision.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="use less memory and more time")
+    parser.add_argument("--runs_dir", default=str(RUNS), help="where run folders are made")
+    parser.add_argument("--save_every", type=number(int, 0), default=500, help="steps between checkpoints")
+    parser.add_argument("--keep_best", action="store_true", help="keep the epoch of best Hits@1, and not the last one")
+    parser.add_argument("--resume", default="", help="go on with this run folder, such as runs/latest, and its options")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers")
+    args = parser.parse_args()
+    return resumed_args(parser, args) if args.resume else args
+
+
+# What a run may change when it goes on. The rest decides what its steps compute.
+CHANGEABLE = {
+    "resume",
+    "local_rank",
+    "runs_dir",
+    "device",
+    "dataset_cache",
+    "n_epochs",
+    "save_every",
+    "keep_best",
+    "eval_before_start",
+    "gradient_checkpointing",
+    "valid_batch_size",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+}
+
+
+def resumed_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """The options that a run was started with, and those of this command line that may differ from them."""
+    path = find_run(args.resume) / "training_args.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # only what was given replaces what was saved
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}; expected what train.py wrote") from error
+    for name, value in saved.items():
+        if name not in CHANGEABLE and getattr(args, name) != value:
+            raise UserError(
+                f"--{name} {getattr(args, name)}: {path.parent} was started with '{value}', and a run cannot change "
+                "that; leave the option out, or start a new run"
+            )
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(args: argparse.Namespace) -> torch.device:
+    """Join the process group that a launcher described in the environment, if one did; this process's device."""
+    given = dict(os.environ)
+    if args.local_rank != -1:
+        given["LOCAL_RANK"] = str(args.local_rank)
+    if not given.keys() & {"LOCAL_RANK", "RANK"}:
+        return check_device(args.device)
+    needed = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise UserError(
+            f"a rank is given but not {', '.join(missing)}, which a launcher sets in the environment; "
+            "start with torchrun --nproc_per_node=N train.py ..., or without any rank for one process"
+        )
+    os.environ["LOCAL_RANK"] = given["LOCAL_RANK"]
+    device, local_rank = check_device(args.device), int(given["LOCAL_RANK"])
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index is not None or local_rank >= count:
+            raise UserError(
+                f"--device {args.device} with a process of local rank {local_rank} on a machine of {count} GPUs; "
+                "each process needs a GPU of its own: start as many as there are, with --device cuda"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # The timeout must allow for a download; a process that dies is noticed by torchrun, or by its closed sockets.
+    timeout = timedelta(minutes=30)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, and what the processes before wrote there would be taken for news.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if rank != 0:
+        log.setLevel(logging.ERROR)
+    return device
+
+
+def leave_processes(learner: "Learner") -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        learner.parallel = learner.model
+        gc.collect()  # DDP goes first: as the last to hold the group it can wait for the group's threads for ever
+        dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """Every process's value, in every process."""
+    values = [value] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_sum(*values: float, device: torch.device) -> list[float]:
+    """The sum of each value over all processes, in float64."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+class Stopped(Exception):
+    """Training was asked to end, and all processes stand between the same two steps."""
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C while it is entered, for training to end at the next step; a second Ctrl-C kills."""
+
+    number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":  # os.write: a signal may come amid another write
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
+    def __exit__(self, *exception) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -64,91 +229,413 @@ def parse_args() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class StepSampler:
-    """The instances of each optimiser step, in an order that depends on seed and epoch alone."""
+@dataclass
+class Progress:
+    """How far a run is. The same in every process."""
 
-    def __init__(self, size: int, step_size: int, seed: int):
+    step: int = 0  # optimiser steps, skipped ones included
+    epoch: int = 1  # the one under way
+    done: int = 0  # utterances of this epoch that steps have seen; all of them until the next epoch begins
+    skipped: int = 0  # steps without an update, because the loss or a gradient was not finite
+    skipped_in_a_row: int = 0
+    best: tuple[float, float] | None = None  # Hits@1 and -nll of the best epoch
+
+
+class StepSampler:
+    """This process's share of each optimiser step, in an order that depends on seed and epoch alone.
+
+    Args:
+        size: utterances in an epoch.
+        step_size: utterances of a step, over all processes. Process `rank` gets each `world_size`-th of them; of
+            an epoch's last step maybe none.
+    """
+
+    def __init__(self, size: int, step_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.size, self.step_size, self.seed = size, step_size, seed
-        self.epoch = 0
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0  # the epoch's first `start` utterances are left out
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.step_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-        return iter([order[i : i + self.step_size] for i in range(0, self.size, self.step_size)])
+        steps = [order[i : i + self.step_size] for i in range(self.start, self.size, self.step_size)]
+        return iter([step[self.rank :: self.world_size] for step in steps])
+
+    def steps_left(self) -> int:
+        """Steps from `start` to the epoch's end."""
+        return math.ceil((self.size - self.start) / self.step_size)
 
 
-def collate_step(instances: list[Instance], batch_size: int, ids: SpecialIds) -> list[Batch]:
-    """An optimiser step as micro-batches, instances of like length together.
+def collate_step(
+    instances: list[Instance], batch_size: int, ids: SpecialIds, filler: Instance
+) -> tuple[list[Batch], int]:
+    """A process's share of an optimiser step as micro-batches, instances of like length together; and their weight.
 
-    The losses are means over the whole step, so how it is cut does not change it.
+    The losses are means over the whole step, so how it is cut does not change it. Every process must take part in
+    every step, so an empty share is the filler, of weight 0.
     """
+    weight = 1 if instances else 0
     instances = sorted(instances, key=lambda instance: len(instance.prefix) + sum(map(len, instance.candidates)))
-    return [collate(instances[i : i + batch_size], ids) for i in range(0, len(instances), batch_size)]
+    instances = instances or [filler]
+    return [collate(instances[i : i + batch_size], ids) for i in range(0, len(instances), batch_size)], weight
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """A model, its optimiser and loss scaler, at one of apex's levels of precision (or bf16).
+
+    O0: all fp32. O1: fp32 weights, autocast to fp16, a loss scaler. O2: fp16 weights, fp32 master weights that the
+    optimiser works on, a loss scaler. O3: all fp16, no scaler. bf16: fp32 weights, autocast.
+
+    Attributes:
+        model: to save and to look into.
+        parallel: the same to call; under a launcher its backward pass averages the gradients over all processes.
+    """
+
+    def __init__(self, model, args: argparse.Namespace, device: torch.device):
+        self.model, self.device = model, device
+        self.weights = list(model.parameters())  # what the optimiser works on
+        self.autocast_to = torch.float16 if args.fp16 == "O1" else torch.bfloat16 if args.bf16 else None
+        self.has_masters = args.fp16 == "O2"
+        if self.has_masters:
+            self.weights = [weight.detach().clone().requires_grad_() for weight in self.weights]
+        if args.fp16 in ("O2", "O3"):
+            model.half()
+        # AdamW as the original's library had it: no weight decay, epsilon 1e-6 (torch's defaults differ). In O3 the
+        # squared gradients are often 0 in fp16 and such an epsilon makes endless steps: seen NaN from step 2 with 1e-8
+        # and 1e-6, a rising loss with 1e-5, and the lowest losses with 1e-4.
+        epsilon = 1e-4 if args.fp16 == "O3" else 1e-6
+        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, eps=epsilon, weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.fp16 in ("O1", "O2"))
+        if args.gradient_checkpointing:
+            model.checkpoint_gradients()
+        self.parallel = model
+        if dist.is_initialized():
+            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.autocast_to, enabled=self.autocast_to is not None)
+
+    def synchronised(self, last: bool):
+        """Around a forward and backward pass: gradients are averaged over the processes in a step's last one only."""
+        return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Undo the loss scale, clip to `max_norm`; the norm before."""
+        if self.has_masters:
+            for master, weight in zip(self.weights, self.model.parameters(), strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.weights, max_norm).item()
+
+    def update(self, finite: bool) -> None:
+        """Take a step with the gradients, or only adapt the loss scale to their not being finite; forget them."""
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.has_masters:
+            with torch.no_grad():
+                for weight, master in zip(self.model.parameters(), self.weights, strict=True):
+                    weight.copy_(master)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "masters": self.weights if self.has_masters else [],
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            for master, saved in zip(self.weights, state["masters"], strict=False):  # none are saved but in O2
+                master.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Trainer and evaluator
 # ------------------------------------------------------------------------------------------------------------
 
+PATIENCE = 10  # steps in a row that are not finite
 
-def build_trainer(model, optimizer, args: argparse.Namespace, device: torch.device):
-    """An ignite engine whose iteration is one optimiser step, its batch the list of micro-batches."""
-    from ignite.engine import Engine
 
-    def step(engine: Engine, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
-        model.train()
-        tokens = sum(len(batch.lm_labels) for batch in micro_batches)
-        utterances = sum(len(batch.n_candidates) for batch in micro_batches)
+def build_trainer(
+    learner: Learner, sampler: StepSampler, progress: Progress, stop: StopSignal, args: argparse.Namespace
+):
+    """An ignite engine whose iteration is one optimiser step, its batch this process's micro-batches."""
+    from ignite.engine import Engine, Events
+
+    device, world_size = learner.device, sampler.world_size
+
+    def step(engine: Engine, share: tuple[list[Batch], int]) -> dict[str, float]:
+        learner.model.train()
+        batches, weight = share
+        tokens, utterances, stops = all_sum(
+            weight * sum(len(batch.lm_labels) for batch in batches),
+            weight * sum(len(batch.n_candidates) for batch in batches),
+            bool(stop.number),
+            device=device,
+        )
+        if stops:
+            raise Stopped
         lm_loss, mc_loss = torch.zeros(2, device=device)
-        for batch in micro_batches:
-            batch = batch.to(device)
-            output = model(batch)
-            lm_part = output.lm_nll.sum() / tokens
-            mc_part = F.cross_entropy(output.mc_logits, batch.n_candidates - 1, reduction="sum") / utterances
-            (args.lm_coef * lm_part + args.mc_coef * mc_part).backward()
+        for batch in batches:
+            with learner.synchronised(last=batch is batches[-1]):
+                batch = batch.to(device)
+                with learner.autocast():
+                    output = learner.parallel(batch)
+                lm_part = weight * output.lm_nll.sum() / tokens
+                mc_sum = F.cross_entropy(output.mc_logits, batch.n_candidates - 1, reduction="sum")
+                mc_part = weight * mc_sum / utterances
+                loss = world_size * (args.lm_coef * lm_part + args.mc_coef * mc_part)  # to be averaged over processes
+                learner.scaler.scale(loss).backward()
             lm_loss, mc_loss = lm_loss + lm_part.detach(), mc_loss + mc_part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = args.lm_coef * lm_loss + args.mc_coef * mc_loss
-        return {"loss": loss, "lm_loss": lm_loss, "mc_loss": mc_loss, "gradient_norm": norm}
+        lm_loss, mc_loss = all_sum(lm_loss.item(), mc_loss.item(), device=device)
+        loss, norm = args.lm_coef * lm_loss + args.mc_coef * mc_loss, learner.clip_gradients(args.max_norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        learner.update(finite)
+        progress.step += 1
+        progress.done = min(progress.done + sampler.step_size, sampler.size)
+        progress.skipped += not finite
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        if progress.skipped_in_a_row == PATIENCE:
+            raise UserError(
+                f"the loss or its gradients were not finite in {PATIENCE} steps in a row, up to step {progress.step}; "
+                "expected numbers: try a lower --lr, or --bf16 or no --fp16, in a new run"
+            )
+        return {
+            "loss": loss,
+            "lm_loss": lm_loss,
+            "mc_loss": mc_loss,
+            "gradient_norm": norm,
+            "lr": learner.optimizer.param_groups[0]["lr"],
+            "skipped": progress.skipped,
+        }
 
-    return Engine(step)
+    trainer = Engine(step)
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch() -> None:
+        if progress.done == sampler.size:
+            progress.epoch, progress.done = progress.epoch + 1, 0
+        sampler.epoch, sampler.start = progress.epoch, progress.done
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def set_learning_rate() -> None:
+        # In steps of this run's size, of which a run that was on another number of processes may hold a part.
+        taken = (progress.epoch - 1) * len(sampler) + progress.done / sampler.step_size
+        for group in learner.optimizer.param_groups:
+            group["lr"] = args.lr * (1 - taken / (args.n_epochs * len(sampler)))
+
+    return trainer
 
 
-def build_evaluator(model, device: torch.device):
-    """An ignite engine that leaves nll, token_ppl and hits@1 of a whole split in `state.metrics`."""
+def build_evaluator(learner: Learner, stop: StopSignal):
+    """An ignite engine that leaves nll, token_ppl and hits@1 of a whole split in `state.metrics`, in every process."""
     from ignite.engine import Engine, Events
 
     from model import gold_ranks
 
     @torch.inference_mode()
-    def evaluate(engine: Engine, batch: Batch) -> None:
-        batch = batch.to(device)
-        output = model(batch)
-        sums = engine.state.sums  # exact sums and counts: no average of averages
-        sums["nll"] += output.lm_nll.double().sum().item()
-        sums["tokens"] += len(batch.lm_labels)
-        sums["hits"] += (gold_ranks(output, batch) == 0).sum().item()
-        sums["utterances"] += len(batch.n_candidates)
+    def evaluate(engine: Engine, batch: Batch | None) -> None:
+        if stop.number:
+            engine.terminate()
+        elif batch is not None:
+            batch = batch.to(learner.device)
+            with learner.autocast():
+                output = learner.model(batch)
+            sums = engine.state.sums  # exact sums and counts: no average of averages
+            sums["nll"] += output.lm_nll.double().sum().item()
+            sums["tokens"] += len(batch.lm_labels)
+            sums["hits"] += (gold_ranks(output, batch) == 0).sum().item()
+            sums["utterances"] += len(batch.n_candidates)
 
     evaluator = Engine(evaluate)
 
     @evaluator.on(Events.STARTED)
     def reset(engine: Engine) -> None:
-        model.eval()
+        learner.model.eval()
         engine.state.sums = dict.fromkeys(("nll", "tokens", "hits", "utterances"), 0.0)
 
     @evaluator.on(Events.COMPLETED)
     def compute(engine: Engine) -> None:
-        sums = engine.state.sums
-        nll = sums["nll"] / sums["tokens"]
-        hits = sums["hits"] / sums["utterances"]
+        sums = engine.state.sums.values()
+        nll, tokens, hits, utterances, stops = all_sum(*sums, bool(stop.number), device=learner.device)
+        if stops:
+            raise Stopped
+        nll, hits = nll / tokens, hits / utterances
         engine.state.metrics |= {"nll": nll, "token_ppl": math.exp(min(nll, 700)), "hits@1": hits}
 
     return evaluator
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators, which dropout draws from; the order of the data is a matter of the seed."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def save_checkpoint(folder: Path, learner: Learner, progress: Progress, size: int) -> None:
+    """Write all that training needs to go on from here to `folder`/checkpoints; the last two are kept.
+
+    Every process must call it. The file holds tensors and plain containers only.
+    """
+    generators = gather(random_states(learner.device))
+    if rank_and_size()[0] != 0:
+        return
+    state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
+    make_folder(folder / "checkpoints")
+    name = f"step-{progress.step:09d}.pt"
+    with whole_files(folder / "checkpoints") as partial:
+        torch.save(state, partial / name)
+    older = [path for path in checkpoints(folder) if path.name < name]
+    for path in checkpoints(folder):
+        if path.name != name and path not in older[-1:]:
+            path.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*.pt"))
+
+
+def newest_checkpoint(folder: Path) -> dict | None:
+    """What `save_checkpoint` wrote last, in every process; where that is damaged, what it wrote before.
+
+    None where it was never called. Rank 0 says which file to read.
+    """
+    state, name = None, ""
+    if rank_and_size()[0] == 0:
+        for path in reversed(checkpoints(folder)):
+            try:
+                state, name = read_checkpoint(path), path.name
+                break
+            except Exception as error:  # torch.load raises many types for a damaged file
+                log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
+        if state is None and checkpoints(folder):
+            raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
+    name = gather(name)[0]
+    if name and state is None:
+        try:
+            state = read_checkpoint(folder / "checkpoints" / name)
+        except Exception as error:  # as above; rank 0 could read it
+            raise UserError(
+                f"cannot read {folder}/checkpoints/{name}: {first_line(error)}; every node needs the same --runs_dir"
+            ) from error
+    return state
+
+
+def read_checkpoint(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(state: dict, learner: Learner, progress: Progress, size: int, args: argparse.Namespace) -> None:
+    """Put a run where a checkpoint left it, on as many processes or another number."""
+    if state["size"] != size:
+        raise UserError(
+            f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
+            "resume with the dataset it had, or start a new run"
+        )
+    learner.load_state_dict(state["learner"])
+    for name, value in state["progress"].items():
+        setattr(progress, name, value)
+    if progress.epoch > args.n_epochs > 0:
+        raise UserError(f"--n_epochs {args.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more")
+    rank, world_size = rank_and_size()
+    if len(state["generators"]) == world_size:
+        states = state["generators"][rank]
+        torch.set_rng_state(states["cpu"])
+        if learner.device.type != "cpu":
+            torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
+    else:
+        torch.manual_seed(hash((args.seed, progress.step, rank)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run folder
+# ------------------------------------------------------------------------------------------------------------
+
+
+def run_to_go_on_with(args: argparse.Namespace, launchers: set[str]) -> Path | None:
+    """The folder of --resume, or of the run that these launchers had begun before a restart; in every process."""
+    if args.resume:
+        return find_run(args.resume)
+    return gather(run_of_launchers(launchers, Path(args.runs_dir)) if rank_and_size()[0] == 0 else None)[0]
+
+
+def begin_run(args: argparse.Namespace, launchers: set[str]) -> Path:
+    """Make a run folder, on rank 0; its path, in every process."""
+    return gather(new_run_folder(args.model, Path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None)[0]
+
+
+def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> None:
+    """All of a run folder but the weights."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "local_rank")}
+    with whole_files(folder) as partial:
+        (partial / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(partial)
+        model.lm.config.save_pretrained(partial)
+
+
+@contextlib.contextmanager
+def logging_to(folder: Path, trainer, evaluator, learner: Learner, progress: Progress) -> Iterator[None]:
+    """Progress bars, `log.jsonl` and TensorBoard events while the body runs."""
+    from ignite.engine import Events
+    from ignite.handlers import ProgressBar
+    from ignite.handlers.tensorboard_logger import TensorboardLogger
+
+    bar = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+
+    def shown(output: dict[str, float]) -> dict[str, float]:
+        return {name: output[name] for name in ("loss", "skipped") if name == "loss" or output[name]}
+
+    bars = (
+        ProgressBar(bar_format=bar, desc="train", unit="step"),
+        ProgressBar(bar_format=bar, desc="evaluate", unit="batch"),
+    )
+    bars[0].attach(trainer, output_transform=shown)
+    bars[1].attach(evaluator)
+    append = open_log(folder, progress.step)
+    board = TensorboardLogger(log_dir=folder, purge_step=progress.step + 1 if progress.step else None)
+    board.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, learner.optimizer)
+    for engine, event, tag, found in (
+        (trainer, Events.ITERATION_COMPLETED, "training", lambda: trainer.state.output),
+        (evaluator, Events.COMPLETED, "validation", lambda: evaluator.state.metrics),
+    ):
+        engine.add_event_handler(
+            event, lambda found: append({"step": progress.step, "epoch": progress.epoch} | found()), found
+        )
+        board.attach_output_handler(
+            engine,
+            event,
+            tag,
+            output_transform=lambda _, found=found: found(),
+            global_step_transform=lambda *_: progress.step,
+        )
+    try:
+        with board:
+            yield
+    finally:
+        for each in bars:
+            if each.pbar is not None:
+                each.pbar.close()  # what is said next begins a line of its own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,66 +643,27 @@ def build_evaluator(model, device: torch.device):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def save(model, tokenizer, args: argparse.Namespace, folder: Path) -> None:
-    """Make `folder` a checkpoint that loads here and in plain transformers."""
-    try:
-        (folder / "training_args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(folder)
-        model.save(folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}; free some space there") from error
-
-
-def attach_logging(trainer, evaluator, optimizer, folder: Path):
-    """Progress bars and TensorBoard events; the events' writer, to be closed at the end."""
-    from ignite.engine import Events
-    from ignite.handlers import ProgressBar
-    from ignite.handlers.tensorboard_logger import TensorboardLogger
-
-    bar = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-    ProgressBar(bar_format=bar, desc="train", unit="step").attach(
-        trainer, output_transform=lambda output: {"loss": output["loss"].item()}
-    )
-    ProgressBar(bar_format=bar, desc="evaluate", unit="batch").attach(evaluator)
-    board = TensorboardLogger(log_dir=folder)
-    board.attach_output_handler(trainer, Events.ITERATION_COMPLETED, "training", output_transform=lambda output: output)
-    board.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer)
-    board.attach_output_handler(
-        evaluator,
-        Events.COMPLETED,
-        "validation",
-        metric_names=["nll", "token_ppl", "hits@1"],
-        global_step_transform=lambda *_: trainer.state.iteration,
-    )
-    return board
-
-
-def refuse_unfinished(args: argparse.Namespace) -> None:
-    if args.fp16:
-        raise UserError(f"--fp16 {args.fp16} is not there yet; leave it out to train in fp32")
-    if args.local_rank != -1:
-        raise UserError(
-            "--local_rank: training on several processes is not there yet; start train.py without a launcher"
-        )
-
-
 def main() -> None:
     args = parse_args()
-    refuse_unfinished(args)
-    device = check_device(args.device)
+    device = join_processes(args)
     set_seed(args.seed)
 
     # Heavy imports come after the options are known to be right, so that a mistake is told at once.
-    from ignite.engine import Events
-    from ignite.handlers import PiecewiseLinear
+    from ignite.distributed import one_rank_first
 
     from model import load_model
 
-    logging.getLogger("ignite").setLevel(logging.WARNING)
-    files = find_model(args.model)
-    tokenizer = load_tokenizer(files, args.pre_tokenizer, lambda: training_texts(args.dataset_path, args.valid_path))
-    splits = load_dataset(args.dataset_path, args.valid_path, args.dataset_cache, tokenizer)
-    model = load_model(files, tokenizer, device, from_scratch=True)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
+    rank, world_size = rank_and_size()
+    launchers = set(gather(launcher())) - {""}
+    folder = run_to_go_on_with(args, launchers)
+    state = newest_checkpoint(folder) if folder else None
+    with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+        files = find_model(str(folder) if state else args.model)
+        texts = partial(training_texts, args.dataset_path, args.valid_path)
+        tokenizer = load_tokenizer(files, args.pre_tokenizer, texts)
+        splits = load_dataset(args.dataset_path, args.valid_path, args.dataset_cache, tokenizer, progress=rank == 0)
+        model = load_model(files, tokenizer, device, from_scratch=True)
 
     build = partial(Instances, ids=tokenizer.ids, max_history=args.max_history, limit=model.limit)
     train = build(splits["train"], num_candidates=args.num_candidates, permutations=args.personality_permutations)
@@ -227,43 +675,98 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info(
         f"{parameters / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, {device}"
+        + (f" and {world_size - 1} more" if world_size > 1 else "")
     )
 
-    step_size = args.train_batch_size * args.gradient_accumulation_steps
-    sampler = StepSampler(len(train), step_size, args.seed)
-    collate_micro = partial(collate_step, batch_size=args.train_batch_size, ids=tokenizer.ids)
-    train_loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_micro)
-    valid_loader = batches_by_length(valid, args.valid_batch_size)
-
-    # AdamW as the original's library had it: no weight decay, epsilon 1e-6 (torch's defaults differ).
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0)
-    trainer = build_trainer(model, optimizer, args, device)
-    evaluator = build_evaluator(model, device)
-    folder = new_run_folder(args.model)
-    board = attach_logging(trainer, evaluator, optimizer, folder)
-
-    total = max(1, args.n_epochs * len(sampler))
-    trainer.add_event_handler(Events.ITERATION_STARTED, PiecewiseLinear(optimizer, "lr", [(0, args.lr), (total, 0.0)]))
-    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: setattr(sampler, "epoch", engine.state.epoch))
-
-    def evaluate_and_save() -> None:
-        metrics = evaluator.run(valid_loader).metrics
-        log.info(
-            f"epoch {trainer.state.epoch}: validation Hits@1 {metrics['hits@1']:.3f}, "
-            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
-        )
-        save(model, tokenizer, args, folder)
-
-    with board:
-        if args.eval_before_start or not args.n_epochs:
-            evaluate_and_save()
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluate_and_save)
-        if args.n_epochs:
-            trainer.run(train_loader, max_epochs=args.n_epochs)
+    learner, progress = Learner(model, args, device), Progress()
+    set_seed(args.seed + rank)  # dropout differs between processes
+    if state:
+        restore(state, learner, progress, len(train), args)
+        log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
+    del state
+    folder = folder or begin_run(args, launchers)
+    if rank == 0:
+        remove_unfinished(folder)
+        remove_unfinished(folder / "checkpoints")
+        write_settings(folder, model, tokenizer, args)
+    fit(learner, progress, train, valid, args, folder)
     dataset = f" --dataset_path {shlex.quote(args.dataset_path)}" if args.dataset_path else ""
     log.info(
         f"saved in {folder}\ntalk to it: python interact.py --model_checkpoint {shlex.quote(str(folder))}{dataset}"
     )
+    leave_processes(learner)
+
+
+def fit(
+    learner: Learner, progress: Progress, train: Instances, valid: Instances, args: argparse.Namespace, folder: Path
+) -> None:
+    """Train from `progress` to the end, with an evaluation after every epoch; or to a signal, and exit."""
+    from ignite.engine import Events
+
+    rank, world_size = rank_and_size()
+    step_size = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    sampler = StepSampler(len(train), step_size, args.seed, rank, world_size)
+    filler = train[0] if len(train) else None
+    collate_micro = partial(collate_step, batch_size=args.train_batch_size, ids=train.special_ids, filler=filler)
+    # A generator of its own: each pass draws a seed, which must not move the generator that dropout draws from.
+    train_loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_micro, generator=torch.Generator())
+    valid_loader = batches_by_length(valid, args.valid_batch_size, rank=rank, world=world_size)
+
+    stop = StopSignal()
+    trainer = build_trainer(learner, sampler, progress, stop, args)
+    evaluator = build_evaluator(learner, stop)
+
+    def save_state() -> None:
+        save_checkpoint(folder, learner, progress, len(train))
+
+    def save_state_in_between() -> None:
+        if args.save_every and progress.step % args.save_every == 0 and progress.done < len(train):
+            save_state()
+
+    def evaluate_and_save() -> None:
+        # No batches become an empty one: every process must take part in the sums.
+        metrics = evaluator.run(valid_loader if len(valid_loader) else [None]).metrics
+        log.info(
+            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
+            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
+        )
+        score = metrics["hits@1"], -metrics["nll"]
+        if args.keep_best and progress.best is not None and score <= tuple(progress.best):
+            return
+        progress.best = score if progress.step else None  # what stood before the first step is no epoch
+        if rank == 0:
+            learner.model.save(folder)
+
+    def save_state_and_evaluate() -> None:
+        save_state()  # first: what is resumed from here evaluates again
+        evaluate_and_save()
+
+    with stop:
+        try:
+            with logging_to(folder, trainer, evaluator, learner, progress) if rank == 0 else contextlib.nullcontext():
+                # Behind the logging: a step that a checkpoint holds is in the log.
+                trainer.add_event_handler(Events.ITERATION_COMPLETED, save_state_in_between)
+                trainer.add_event_handler(Events.EPOCH_COMPLETED, save_state_and_evaluate)
+                if (progress.done == len(train)) if progress.step else (args.eval_before_start or not args.n_epochs):
+                    evaluate_and_save()
+                if args.n_epochs and (progress.epoch < args.n_epochs or progress.done < len(train)):
+                    sampler.start = progress.done
+                    done = progress.epoch * len(sampler) - sampler.steps_left()
+                    trainer.load_state_dict(
+                        {"iteration": done, "epoch_length": len(sampler), "max_epochs": args.n_epochs}
+                    )
+                    trainer.run(train_loader, max_epochs=args.n_epochs)
+        except Stopped:
+            save_state()
+            gather("saved")  # a launcher ends all processes when the first one ends
+            local_size = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+            command = "python" if world_size == 1 else f"torchrun --nproc_per_node={local_size}"
+            log.info(
+                f"stopped after step {progress.step}, saved in {folder}\n"
+                f"go on with: {command} train.py --resume {shlex.quote(str(folder))}"
+            )
+            leave_processes(learner)
+            sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -251,6 +251,35 @@ def put_in_place(partial: Path, path: Path) -> None:
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the body is done: each appears there whole or not at all.
+
+    Raises:
+        UserError: something could not be written; what `folder` held before is untouched.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as partial:
+            yield Path(partial)
+            for file in sorted(os.listdir(partial)):
+                with open(Path(partial, file), "rb+") as written:
+                    os.fsync(written.fileno())  # on the disk before it has its name: machines lose power
+                put_in_place(Path(partial, file), folder / file)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and torch have their own errors for a full disk
+        raise UserError(f"cannot write to {folder}: {first_line(error)}; free some space or choose another") from error
+
+
+UNFINISHED = ".saving-"  # begins the names of the folders that `whole_files` writes in
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in `folder`."""
+    for leftover in folder.glob(UNFINISHED + "*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
@@ -1325,18 +1354,103 @@ def batches_by_length(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def new_run_folder(model: str) -> Path:
-    """Create `runs/<Mon><DD>_<HH-MM-SS>_<host>_<model>` beside the scripts, under a name no other run has."""
+RUNS = Path(__file__).resolve().parent / "runs"
+
+
+def new_run_folder(model: str, runs: Path = RUNS, launchers: Iterable[str] = ()) -> Path:
+    """Create `<runs>/<Mon><DD>_<HH-MM-SS>_<host>_<model>` under a name no other run has, and point `latest` to it.
+
+    Args:
+        launchers: names of the launchers that start its processes, for `run_of_launchers`.
+    """
+    runs = runs.resolve()
     short = re.sub(r"[^\w.-]+", "_", Path(urlsplit(model).path.rstrip("/")).name or "model")
-    base = Path(__file__).resolve().parent / "runs" / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
+    base = runs / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
     make_folder(base.parent)
     for attempt in range(100):
         folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
         try:
             folder.mkdir()
-            return folder
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot create {folder}: {error.strerror}; runs are written beside train.py") from error
+            raise UserError(f"cannot create {folder}: {error.strerror}; pass another --runs_dir") from error
+        with whole_files(folder) as partial:
+            (partial / "launchers.txt").write_text("\n".join(sorted(launchers)), encoding="utf-8")
+        point_latest_to(folder)
+        return folder
     raise UserError(f"{base} exists a hundred times; remove some runs")
+
+
+def point_latest_to(folder: Path) -> None:
+    """Make `latest` beside a run folder a link to it, or a text file with its name where links are not possible."""
+    partial = folder.with_name(f".latest-{folder.name}")
+    try:
+        try:
+            partial.symlink_to(folder.name)
+        except OSError:  # Windows, and file systems without links
+            partial.write_text(folder.name, encoding="utf-8")
+        os.replace(partial, folder.with_name("latest"))
+    except OSError as error:
+        raise UserError(f"cannot write {folder.parent}/latest: {error.strerror}; remove it") from error
+
+
+def find_run(name: str) -> Path:
+    """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_file():
+            folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+        folder = folder.resolve()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {folder}: {first_line(error)}; expected a run folder of train.py") from error
+    if not (folder / "training_args.json").is_file():
+        raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
+    return folder
+
+
+def launcher() -> str:
+    """Names the torchrun agent that started this process, alike after an elastic restart; "" without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    # An agent logs the errors of its processes in a folder of its own, <name>/attempt_<n>/<local rank>/error.json
+    agent_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
+    return f"{socket.gethostname()}:{os.getppid()}:{agent_folder.name}"
+
+
+def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
+    """The run folder that one of these launchers has begun."""
+    for path in runs.resolve().glob("*/launchers.txt"):
+        if launchers & set(path.read_text(encoding="utf-8").splitlines()):
+            return path.parent
+    return None
+
+
+def open_log(folder: Path, step: int) -> Callable[[dict], None]:
+    """A function that adds a record, as a line of JSON, to `log.jsonl` in a run folder.
+
+    Args:
+        step: where the run goes on from. Lines are dropped that it will write again: those of later steps, and a
+            validation after this one.
+    """
+    path = folder / "log.jsonl"
+
+    def stands(line: bytes) -> bool:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut short
+            return False
+        return record["step"] < step + ("loss" in record)
+
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with whole_files(folder) as partial:
+        (partial / path.name).write_bytes(b"".join(filter(stands, lines)))
+
+    def append(record: dict) -> None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}; free some space") from error
+
+    return append

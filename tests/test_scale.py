@@ -1,0 +1,529 @@
+"""Many processes, mixed precision, and going on after a stop.
+
+Most runs here are train.py's `main` in processes forked from a server that has imported everything already, in the
+environment that a launcher would give them. What a launcher itself does is tested under torchrun.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import utils
+from utils import Instance, SpecialIds, UserError, find_run, new_run_folder, whole_files
+
+SCRIPT = Path(train.__file__)
+WORDS = "hello i like cats dogs fish and my red car is fast do you work at the school today no yes what fun".split()
+
+PATIENCE = 150  # seconds for what takes a few on an idle machine
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["train", "model", "tensorboardX", "ignite.distributed", "ignite.handlers"])
+
+
+def write_dataset(path: Path, n_train: int, n_valid: int) -> Path:
+    """A dataset of random words: that many utterances, of few words and three candidates."""
+    rng = random.Random(0)
+
+    def sentence() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(2, 6)))
+
+    def dialogs(size: int) -> list[dict]:
+        return [
+            {
+                "personality": [sentence(), sentence()],
+                "utterances": [{"history": [sentence()], "candidates": [sentence() for _ in range(3)]}],
+            }
+            for _ in range(size)
+        ]
+
+    path.write_text(json.dumps({"train": dialogs(n_train), "valid": dialogs(n_valid)}))
+    return path
+
+
+def run_train(options: list[str], environment: dict[str, str], output: str, largest_file: int | None) -> None:
+    """In a forked process: train.py, as its command line would start it."""
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.argv = ["train.py", *options]
+    train.run_script(train.main)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Training:
+    """A run of train.py on `world_size` processes, started at once."""
+
+    def __init__(self, folder: Path, *options, world_size: int = 1, largest_file: int | None = None):
+        self.folder, self.output = folder, folder / "output.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output.unlink(missing_ok=True)
+        options = [*map(str, options), "--device", "cpu", "--dataset_cache", str(folder / "cache.bin")]
+        port = str(free_port())
+        self.processes = []
+        for rank in range(world_size):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+            group = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in group.items()}
+            arguments = (options, group if world_size > 1 else {}, str(self.output), largest_file)
+            self.processes.append(forkserver.Process(target=run_train, args=arguments))
+            self.processes[-1].start()
+
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
+        """The exit statuses."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        statuses = [process.exitcode for process in self.processes]
+        self.send(signal.SIGKILL)
+        assert None not in statuses, f"still running after {seconds} s:\n{self.text()}"
+        return statuses
+
+    def done(self) -> "Training":
+        statuses = self.wait()
+        assert not any(statuses), f"{statuses}\n{self.text()}"
+        return self
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def errors(self) -> list[str]:
+        return [line for line in self.text().splitlines() if line.startswith(("error:", "Traceback"))]
+
+    def wait_for_step(self, step: int) -> "Training":
+        wait_for_step(self.folder, step, lambda: all(process.is_alive() for process in self.processes))
+        return self
+
+
+def wait_for_step(folder: Path, step: int, alive) -> None:
+    """Until it is logged, by processes that are `alive()` meanwhile."""
+    end = time.monotonic() + PATIENCE
+    while not any(logged >= step for logged in losses(folder)):
+        assert alive() and time.monotonic() < end, (folder / "output.txt").read_text()
+        time.sleep(0.005)
+
+
+def records(folder: Path) -> list[dict]:
+    path = folder / "runs" / "latest" / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step of the newest run."""
+    steps = [record for record in records(folder) if "loss" in record]
+    found = {record["step"]: record["loss"] for record in steps}
+    assert len(found) == len(steps), "a step is logged twice"
+    return found
+
+
+def validations(folder: Path) -> list[dict]:
+    return [record for record in records(folder) if "nll" in record]
+
+
+def assert_same_losses(found: dict[int, float], expected: dict[int, float], within: float) -> None:
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=within)
+
+
+# Steps of 4 utterances: 6 in each epoch, the last of them of a single utterance. A learning rate that tells.
+SETTINGS = ["--train_batch_size", 1, "--lr", 3e-3, "--save_every", 2, "--n_epochs", 4]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "data.json", n_train=21, n_valid=7)
+
+
+@pytest.fixture(scope="module")
+def options(tiny, data: Path):
+    """`options(folder, world_size)`: the same global batch on any number of processes up to 4; with dropout."""
+
+    def options(folder: Path, world_size: int = 1, model: Path | None = None) -> list:
+        accumulation = ["--gradient_accumulation_steps", 4 // world_size]
+        paths = ["--model", model or tiny("gpt2"), "--dataset_path", data, "--runs_dir", folder / "runs"]
+        return [*paths, *SETTINGS, *accumulation]
+
+    return options
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options, tmp_path_factory: pytest.TempPathFactory):
+    """`uninterrupted(world_size)`: the folder of a run that nothing stops."""
+    known: dict[int, Path] = {}
+
+    def run(world_size: int) -> Path:
+        if world_size not in known:
+            folder = tmp_path_factory.mktemp(f"uninterrupted-{world_size}")
+            Training(folder, *options(folder, world_size), world_size=world_size).done()
+            assert list(losses(folder)) == list(range(1, 25))
+            known[world_size] = folder
+        return known[world_size]
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_same_losses_on_one_and_two_processes(options, make_model, tmp_path):
+    """Dropout off, the same global batch: 24 steps, with an epoch's last step leaving nothing to the second process."""
+    no_dropout = {name: 0.0 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout")}
+    model = make_model(tmp_path / "model", "gpt2", **no_dropout)
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        Training(folder, *options(folder, world_size, model), world_size=world_size).done()
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 24 and one[24] < 0.9 * one[1]
+    assert_same_losses(two, one, within=1e-4)
+    for found, expected in zip(validations(tmp_path / "2"), validations(tmp_path / "1"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    text = (tmp_path / "2" / "output.txt").read_text()
+    assert text.count("talk to it") == 1 and text.count("epoch 1: validation") == 1  # one process speaks
+    assert len(list((tmp_path / "2" / "runs").iterdir())) == 2  # one run, and `latest`
+
+
+@pytest.mark.parametrize("n_valid", [7, 2], ids=["uneven", "fewer batches than processes"])
+def test_same_validation_on_one_two_and_three_processes(options, tmp_path, n_valid):
+    data = write_dataset(tmp_path / "data.json", n_train=1, n_valid=n_valid)
+    found = []
+    for world_size in (1, 2, 3):
+        folder = tmp_path / str(world_size)
+        chosen = ["--n_epochs", 0, "--valid_batch_size", 2, "--dataset_path", data]
+        Training(folder, *options(folder), *chosen, world_size=world_size).done()
+        found += validations(folder)
+    assert len(found) == 3
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6, abs=1e-6)
+
+
+def test_sampler_deals_every_utterance_once():
+    """To any number of processes, from any position; the order does not depend on either."""
+    whole = [sorted(step) for step in train.StepSampler(21, 4, seed=1)]
+    assert sorted(sum(whole, [])) == list(range(21)) and [len(step) for step in whole] == [4, 4, 4, 4, 4, 1]
+    for world_size in (2, 3, 4):
+        samplers = [train.StepSampler(21, 4, 1, rank, world_size) for rank in range(world_size)]
+        assert [sorted(sum(shares, [])) for shares in zip(*samplers, strict=True)] == whole
+    resumed = train.StepSampler(21, 6, seed=1)
+    resumed.start = 8
+    assert resumed.steps_left() == len(list(resumed)) == 3
+    assert sorted(sum(resumed, [])) == sorted(sum(whole[2:], []))
+    other = train.StepSampler(21, 4, seed=1)
+    other.epoch = 1
+    assert [sorted(step) for step in other] != whole
+
+
+def test_empty_share_is_the_filler_without_weight():
+    ids = SpecialIds(1, 2, 3, 4, 5, all=frozenset())
+    filler = Instance([1, 4], [4, 4], [[7, 2]])
+    batches, weight = train.collate_step([], 2, ids, filler)
+    assert weight == 0 and [batch.input_ids.tolist() for batch in batches] == [[[1, 4, 7, 2]]]
+    batches, weight = train.collate_step([filler] * 3, 2, ids, filler)
+    assert weight == 1 and [len(batch.input_ids) for batch in batches] == [2, 1]
+
+
+def test_local_rank_without_a_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for option in ("--local_rank", "--local-rank"):
+        monkeypatch.setattr(sys, "argv", ["train.py", option, "0", "--device", "cpu"])
+        with pytest.raises(UserError, match="RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.*torchrun"):
+            train.join_processes(train.parse_args())
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="torchrun"):
+        train.main()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Launchers
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Launched:
+    """train.py under a launcher (a module and its options), started at once; ended when the block ends."""
+
+    def __init__(self, folder: Path, launcher: list[str], options: list):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.output = folder, folder / "output.txt"
+        command = [sys.executable, "-m", *launcher, SCRIPT, *options, "--device", "cpu"]
+        command += ["--dataset_cache", folder / "cache.bin"]
+        with open(self.output, "a") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.agent = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
+
+    def __enter__(self) -> "Launched":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.agent.terminate()
+        self.agent.wait()
+
+    def kill_a_worker_after_step(self, step: int) -> None:
+        wait_for_step(self.folder, step, lambda: self.agent.poll() is None)
+        children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        return self.agent.wait(seconds)
+
+
+def test_torchrun_restarts_and_goes_on(options, uninterrupted, tmp_path):
+    """A process is killed; torchrun starts both again, and they continue the run by themselves."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    with Launched(tmp_path, launcher, options(tmp_path, 2)) as launched:
+        launched.kill_a_worker_after_step(5)
+        assert launched.wait() == 0, launched.output.read_text()
+    assert "going on with" in launched.output.read_text()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
+
+
+def test_a_process_that_dies_ends_the_run(options, tmp_path):
+    launcher = ["torch.distributed.launch", "--nproc_per_node=2"]
+    with Launched(tmp_path, launcher, [*options(tmp_path, 2), "--n_epochs", 1000]) as launched:
+        launched.kill_a_worker_after_step(3)
+        assert launched.wait(60) != 0
+    assert "Signal 9 (SIGKILL)" in launched.output.read_text()
+
+
+def test_two_nodes(options, uninterrupted, tmp_path):
+    """Two torchrun agents, of one process each, that find each other by a rendezvous endpoint."""
+    launcher = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
+    launcher += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    with (
+        Launched(tmp_path, launcher, options(tmp_path, 2)) as one,
+        Launched(tmp_path, launcher, options(tmp_path, 2)) as other,
+    ):
+        assert [one.wait(), other.wait()] == [0, 0], one.output.read_text()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mixed precision
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_levels_of_precision(options, tmp_path):
+    """Each learns as O0 does; the run folder loads afterwards. O3 is only asked to learn and to stay finite."""
+    last = {}
+    for level in (["--fp16", "O0"], ["--fp16", "O1"], ["--fp16", "O2"], ["--fp16", "O3"], ["--bf16"]):
+        folder = tmp_path / level[-1]
+        run = Training(folder, *options(folder), *level).done()
+        found = list(losses(folder).values())
+        assert all(map(math.isfinite, found)), run.text()
+        last[level[-1]] = sum(found[-6:]) / 6  # the last epoch
+        first = sum(found[:6]) / 6
+        assert last[level[-1]] < 0.9 * first
+    for level in ("O1", "O2", "--bf16"):
+        assert last[level] == pytest.approx(last["O0"], rel=0.05), last
+    again = Training(tmp_path / "again", *options(tmp_path / "again", model=tmp_path / "O2" / "runs" / "latest"))
+    again.done()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(options, tmp_path):
+    run = Training(tmp_path, *options(tmp_path), "--lr", 1e30)
+    assert run.wait() == [2]
+    assert len(run.errors()) == 1 and "not finite in 10 steps in a row, up to step 11" in run.errors()[0]
+    assert [record["skipped"] for record in records(tmp_path) if "loss" in record] == list(range(10))
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama"])
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(kind, dialog_model, load):
+    model, tokenizer = load(dialog_model(kind))
+    batch = utils.collate([Instance([1, 2, 3, 4], [4, 4, 5, 5], [[7, 8], [9, 6]])], tokenizer.ids)
+    model.train()
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        """And the numbers that are kept for the backward pass."""
+        kept = []
+        model.zero_grad()
+        torch.manual_seed(0)  # the same dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            output = model(batch)
+        (output.lm_nll.sum() + output.mc_logits[0, 0]).backward()
+        return [parameter.grad for parameter in model.parameters()], sum(kept)
+
+    expected, much = gradients()
+    model.checkpoint_gradients()
+    found, little = gradients()
+    torch.testing.assert_close(found, expected)
+    assert little < 0.7 * much
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stop and go on
+# ------------------------------------------------------------------------------------------------------------
+
+
+def resume(folder: Path, *options, **how) -> Training:
+    return Training(folder, "--resume", folder / "runs" / "latest", *options, **how)
+
+
+def test_killed_five_times(options, uninterrupted, tmp_path):
+    """kill -9 at any moment, once before anything is saved: every loss is that of the run that nothing stopped."""
+    rng = random.Random(4)
+    run, step = Training(tmp_path, *options(tmp_path)), 1
+    for _ in range(5):
+        run.wait_for_step(step)
+        time.sleep(0.1 * rng.random())
+        run.send(signal.SIGKILL)
+        assert run.wait() == [-signal.SIGKILL]
+        step = max(losses(tmp_path)) + rng.randint(1, 3)
+        run = resume(tmp_path)
+    run.done()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(1)), within=1e-5)
+    for found, expected in zip(validations(tmp_path), validations(uninterrupted(1)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
+    assert [path.name for path in train.checkpoints(find_run(tmp_path / "runs" / "latest"))] == [
+        "step-000000022.pt",
+        "step-000000024.pt",
+    ]
+
+
+def test_killed_on_two_processes(options, uninterrupted, tmp_path):
+    run = Training(tmp_path, *options(tmp_path, 2), world_size=2).wait_for_step(9)
+    run.send(signal.SIGKILL)
+    run.wait()
+    resume(tmp_path, world_size=2).done()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
+
+
+def test_signals_save_and_another_number_of_processes_goes_on(options, uninterrupted, tmp_path):
+    """SIGTERM and Ctrl-C end a run on two processes, and one process, whose steps are half as large, ends it."""
+    for step, number, status in ((2, signal.SIGTERM, 143), (9, signal.SIGINT, 130)):
+        start = resume if step > 2 else lambda folder, **how: Training(folder, *options(folder, 2), **how)
+        run = start(tmp_path, world_size=2).wait_for_step(step)
+        run.send(number)
+        assert run.wait() == [status] * 2 and run.errors() == []
+        assert f"torchrun --nproc_per_node=2 train.py --resume {find_run(tmp_path / 'runs' / 'latest')}" in run.text()
+    expected, last = losses(uninterrupted(2)), max(losses(tmp_path))
+    assert_same_losses(losses(tmp_path), {step: expected[step] for step in range(1, last + 1)}, within=1e-5)
+    epoch, done = (last - 1) // 6 + 1, min(21, ((last - 1) % 6 + 1) * 4)
+    resume(tmp_path).done()  # two utterances a step
+    steps = [record for record in records(tmp_path) if "loss" in record]
+    expected_steps = last + math.ceil((21 - done) / 2) + (4 - epoch) * 11
+    assert [record["step"] for record in steps] == list(range(1, expected_steps + 1))
+    assert [record["epoch"] for record in validations(tmp_path)] == [1, 2, 3, 4]
+    rates = [record["lr"] for record in steps]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 3e-3 / 40
+
+
+def end_by_two_signals() -> None:
+    with train.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
+
+
+def test_second_ctrl_c_ends_at_once():
+    process = forkserver.Process(target=end_by_two_signals)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGINT  # which a shell shows as 130
+
+
+def test_damaged_checkpoints_and_a_full_disk(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted(1) / "runs", tmp_path / "runs", symlinks=True)
+    folder = find_run(tmp_path / "runs" / "latest")
+    expected = losses(tmp_path)
+    older, newest = train.checkpoints(folder)
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    # a file may be as large as half a checkpoint
+    run = resume(tmp_path, largest_file=len(content) // 2)
+    assert run.wait() == [2]
+    assert f"{newest} cannot be read" in run.text() and "going on" in run.text() and "after step 22" in run.text()
+    assert len(run.errors()) == 1 and f"cannot write to {folder}/checkpoints: " in run.errors()[0]
+    assert list((folder / "checkpoints").iterdir()) == [older, newest] or list((folder / "checkpoints").iterdir()) == [
+        newest,
+        older,
+    ]
+    resume(tmp_path).done()
+    assert_same_losses(losses(tmp_path), expected, within=1e-5)
+    for path in (older, newest):
+        path.write_bytes(b"")
+    run = resume(tmp_path)
+    assert run.wait() == [2] and len(run.errors()) == 1 and "no checkpoint" in run.errors()[0]
+
+
+def test_keep_best(options, tmp_path):
+    """The root of the run folder holds the epoch of best Hits@1, then NLL; here not the last one."""
+    run = tmp_path / "run"
+    Training(run, *options(run), "--keep_best", "--lr", 0.05).done()
+    scores = [(record["hits@1"], -record["nll"]) for record in validations(run)]
+    assert len(scores) == 4 and max(scores) != scores[-1]
+    again = tmp_path / "again"
+    Training(again, *options(again, model=run / "runs" / "latest"), "--n_epochs", 0).done()
+    (found,) = validations(again)
+    assert (found["hits@1"], -found["nll"]) == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_options_of_a_resumed_run(uninterrupted, monkeypatch):
+    """The saved ones hold; those that would change what a step computes are refused."""
+    folder = uninterrupted(1) / "runs" / "latest"
+
+    def parse(*options: str):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(folder), *options])
+        return train.parse_args()
+
+    args = parse("--n_epochs", "9", "--lr", "3e-3")
+    assert (args.n_epochs, args.lr, args.gradient_accumulation_steps) == (9, 3e-3, 4)
+    for options in (["--lr", "1e-3"], ["--seed", "1"], ["--fp16", "O1"], ["--model", "gpt2"]):
+        with pytest.raises(UserError, match=f"{options[0]} .*was started with"):
+            parse(*options)
+    with pytest.raises(UserError, match="no training_args.json"):
+        find_run(folder.parent)
+
+
+def test_latest_is_a_link_or_else_a_text_file(tmp_path, monkeypatch):
+    first, second = new_run_folder("a/gpt2", tmp_path), new_run_folder("gpt2", tmp_path)
+    assert (tmp_path / "latest").readlink() == Path(second.name) and first != second
+
+    def no_links(*_) -> None:
+        raise OSError("symbolic links are not possible here")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    third = new_run_folder("gpt2", tmp_path)
+    (third / "training_args.json").write_text("{}")
+    assert not (tmp_path / "latest").is_symlink() and find_run(tmp_path / "latest") == third
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left"), whole_files(tmp_path) as partial:
+        (partial / "a").write_text("aft")
+        raise OSError("No space left on device")
+    assert (tmp_path / "a").read_text() == "before" and list(tmp_path.iterdir()) == [tmp_path / "a"]
+    with whole_files(tmp_path) as partial:
+        (partial / "a").write_text("after")
+    assert (tmp_path / "a").read_text() == "after"
