@@ -16,6 +16,7 @@ from typing import NamedTuple
 import ignite.distributed as idist
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,15 +28,17 @@ from utils import (
     Split,
     UserError,
     add_decoding_options,
+    add_local_rank,
     add_model_options,
     add_valid_path,
     batches_by_length,
-    check_device,
     find_finetuned_model,
+    join_processes,
     load_dataset,
     load_tokenizer,
     log,
     number,
+    rank_and_size,
     run_script,
 )
 
@@ -53,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model_options(parser, note=FINETUNED_NOTE)
     add_valid_path(parser)
+    add_local_rank(parser)
     parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
     parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="utterances per forward pass")
     parser.add_argument("--limit", type=number(int, 0), default=0, help="evaluate the first so many replies (0: all)")
@@ -192,9 +196,14 @@ class Results:
         return cls(np.zeros((utterances, candidates)), *columns, np.zeros((utterances, max_length), np.int64))
 
 
-def join_ranks(results: Results) -> Results:
+def join_ranks(results: Results, device: torch.device) -> Results:
     """The sum over ranks: every row was filled by one of them."""
-    return Results(*(idist.all_reduce(torch.as_tensor(column)).numpy() for column in vars(results).values()))
+    if dist.is_initialized():
+        for column in vars(results).values():
+            whole = torch.as_tensor(column).to(device)
+            dist.all_reduce(whole)
+            column[:] = whole.cpu().numpy()
+    return results
 
 
 @torch.inference_mode()
@@ -261,12 +270,12 @@ def reply_generator(seed: int, utterance: int) -> torch.Generator:
 
 def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
     """This process's batches of the first `size` utterances."""
-    return batches_by_length(instances, batch_size, size, idist.get_rank(), idist.get_world_size())
+    return batches_by_length(instances, batch_size, size, *rank_and_size())
 
 
 def progress(name: str, loader: DataLoader) -> tqdm:
     total = sum(map(len, loader.batch_sampler))
-    return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
+    return tqdm(total=total, desc=name, unit=" replies", disable=rank_and_size()[0] > 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -421,7 +430,7 @@ def evaluate(model, splits: dict[str, Split], tokenizer: DialogTokenizer, args: 
         score(model, instances, words, args, results)
     if "f1" in wanted:
         generate_all(model, instances, args, results)
-    results = join_ranks(results)
+    results = join_ranks(results, model.device)
 
     figures, ranks, replies = {"utterances": size}, [], []
     if "hits@1" in wanted:
@@ -435,35 +444,44 @@ def evaluate(model, splits: dict[str, Split], tokenizer: DialogTokenizer, args: 
     return figures, results, ranks, replies
 
 
-def main() -> None:
-    args = parse_args()
-    device = check_device(args.device)
-    started = time.monotonic()
-    files = find_finetuned_model(args.model)
-    tokenizer = load_tokenizer(files, args.pre_tokenizer)
-    training = None if args.valid_path and not args.dataset_path else args.dataset_path  # None: nothing is needed
-    splits = load_dataset(training, args.valid_path, args.dataset_cache, tokenizer)
-    from model import load_model  # heavy: after all that can be told to be wrong at once
-
-    model = load_model(files, tokenizer, device)
-    if args.bf16:
-        model.bfloat16()
-    if not tokenizer.fine_tuned:
-        log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
-    figures, results, ranks, replies = evaluate(model, splits, tokenizer, args)
-    if idist.get_rank() > 0:
-        return
+def report(figures, results, ranks, replies, split: Split, args: argparse.Namespace, seconds: float) -> None:
+    """The table, the files that were asked for, and the FINAL lines."""
     print_table(figures)
     if args.output:
-        write_report(args.output, figures, args, time.monotonic() - started)
+        write_report(args.output, figures, args, seconds)
     if args.predictions:
-        write_predictions(args.predictions, splits["valid"], results, ranks, replies)
+        write_predictions(args.predictions, split, results, ranks, replies)
     if "hits@1" in figures:
         print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
     if "word_ppl" in figures:
         print(f"FINAL PPL: {figures['word_ppl']:.1f}")
     if "f1" in figures:
         print(f"FINAL F1: {figures['f1']:.3f}")
+
+
+def main() -> None:
+    args = parse_args()
+    device = join_processes(args)
+    started = time.monotonic()
+    training = None if args.valid_path and not args.dataset_path else args.dataset_path  # None: nothing is needed
+    with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+        files = find_finetuned_model(args.model)
+        tokenizer = load_tokenizer(files, args.pre_tokenizer)
+        splits = load_dataset(
+            training, args.valid_path, args.dataset_cache, tokenizer, progress=rank_and_size()[0] == 0
+        )
+        from model import load_model  # heavy: after all that can be told to be wrong at once
+
+        model = load_model(files, tokenizer, device)
+    if args.bf16:
+        model.bfloat16()
+    if not tokenizer.fine_tuned:
+        log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
+    figures, results, ranks, replies = evaluate(model, splits, tokenizer, args)
+    if rank_and_size()[0] == 0:
+        report(figures, results, ranks, replies, splits["valid"], args, time.monotonic() - started)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -34,14 +33,17 @@ from utils import (
     Parser,
     SpecialIds,
     UserError,
+    add_local_rank,
     add_model_options,
     add_valid_path,
+    all_sum,
     batches_by_length,
-    check_device,
     collate,
     find_model,
     find_run,
     first_line,
+    gather,
+    join_processes,
     launcher,
     load_dataset,
     load_tokenizer,
@@ -50,6 +52,7 @@ from utils import (
     new_run_folder,
     number,
     open_log,
+    rank_and_size,
     remove_unfinished,
     run_of_launchers,
     run_script,
@@ -88,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save_every", type=number(int, 0), default=500, help="steps between checkpoints")
     parser.add_argument("--keep_best", action="store_true", help="keep the epoch of best Hits@1, and not the last one")
     parser.add_argument("--resume", default="", help="go on with this run folder, such as runs/latest, and its options")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers")
+    add_local_rank(parser)
     args = parser.parse_args()
     return resumed_args(parser, args) if args.resume else args
 
@@ -133,71 +136,12 @@ def resumed_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace
 # ------------------------------------------------------------------------------------------------------------
 
 
-def join_processes(args: argparse.Namespace) -> torch.device:
-    """Join the process group that a launcher described in the environment, if one did; this process's device."""
-    given = dict(os.environ)
-    if args.local_rank != -1:
-        given["LOCAL_RANK"] = str(args.local_rank)
-    if not given.keys() & {"LOCAL_RANK", "RANK"}:
-        return check_device(args.device)
-    needed = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in given]
-    if missing:
-        raise UserError(
-            f"a rank is given but not {', '.join(missing)}, which a launcher sets in the environment; "
-            "start with torchrun --nproc_per_node=N train.py ..., or without any rank for one process"
-        )
-    os.environ["LOCAL_RANK"] = given["LOCAL_RANK"]
-    device, local_rank = check_device(args.device), int(given["LOCAL_RANK"])
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if device.index is not None or local_rank >= count:
-            raise UserError(
-                f"--device {args.device} with a process of local rank {local_rank} on a machine of {count} GPUs; "
-                "each process needs a GPU of its own: start as many as there are, with --device cuda"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    # The timeout must allow for a download; a process that dies is noticed by torchrun, or by its closed sockets.
-    timeout = timedelta(minutes=30)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a restart, and what the processes before wrote there would be taken for news.
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    if rank != 0:
-        log.setLevel(logging.ERROR)
-    return device
-
-
 def leave_processes(learner: "Learner") -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         learner.parallel = learner.model
         gc.collect()  # DDP goes first: as the last to hold the group it can wait for the group's threads for ever
         dist.destroy_process_group()
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's number, and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value) -> list:
-    """Every process's value, in every process."""
-    values = [value] * rank_and_size()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def all_sum(*values: float, device: torch.device) -> list[float]:
-    """The sum of each value over all processes, in float64."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
 
 
 class Stopped(Exception):
@@ -648,10 +592,7 @@ def main() -> None:
     device = join_processes(args)
     set_seed(args.seed)
 
-    # Heavy imports come after the options are known to be right, so that a mistake is told at once.
     from ignite.distributed import one_rank_first
-
-    from model import load_model
 
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
     rank, world_size = rank_and_size()
@@ -663,6 +604,8 @@ def main() -> None:
         texts = partial(training_texts, args.dataset_path, args.valid_path)
         tokenizer = load_tokenizer(files, args.pre_tokenizer, texts)
         splits = load_dataset(args.dataset_path, args.valid_path, args.dataset_cache, tokenizer, progress=rank == 0)
+        from model import load_model  # heavy: after all that can be told to be wrong at once
+
         model = load_model(files, tokenizer, device, from_scratch=True)
 
     build = partial(Instances, ids=tokenizer.ids, max_history=args.max_history, limit=model.limit)

@@ -24,6 +24,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -132,6 +134,10 @@ def add_valid_path(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers")
+
+
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how a reply is drawn."""
     parser.add_argument("--no_sample", action="store_true", help="greedy decoding: always the likeliest token")
@@ -208,6 +214,70 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes: one, or those that torchrun started
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(args: argparse.Namespace) -> torch.device:
+    """Join the process group that a launcher described in the environment, if one did; this process's device."""
+    given = dict(os.environ)
+    if args.local_rank != -1:
+        given["LOCAL_RANK"] = str(args.local_rank)
+    if not given.keys() & {"LOCAL_RANK", "RANK"}:
+        return check_device(args.device)
+    needed = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise UserError(
+            f"a rank is given but not {', '.join(missing)}, which a launcher sets in the environment; "
+            "start with torchrun --nproc_per_node=N before the script, or without any rank for one process"
+        )
+    os.environ["LOCAL_RANK"] = given["LOCAL_RANK"]
+    device, local_rank = check_device(args.device), int(given["LOCAL_RANK"])
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index is not None or local_rank >= count:
+            raise UserError(
+                f"--device {args.device} with a process of local rank {local_rank} on a machine of {count} GPUs; "
+                "each process needs a GPU of its own: start as many as there are, with --device cuda"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # The timeout must allow for a download; a process that dies is noticed by torchrun, or by its closed sockets.
+    timeout = timedelta(minutes=30)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, and what the processes before wrote there would be taken for news.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if rank != 0:
+        log.setLevel(logging.ERROR)
+    return device
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """Every process's value, in every process."""
+    values = [value] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_sum(*values: float, device: torch.device) -> list[float]:
+    """The sum of each value over all processes, in float64."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import string
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -704,3 +705,19 @@ def test_bf16_gives_nearly_the_same(dialog_model, command, tmp_path: Path) -> No
         found.append(json.loads((tmp_path / "report.json").read_text())["figures"])
     assert found[1] == pytest.approx(found[0], rel=0.05)
     assert found[1]["token_ppl"] != found[0]["token_ppl"]
+
+
+def test_two_processes_split_the_work_and_give_the_same_figures(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    arguments = ["--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"]
+    arguments += ["--valid_batch_size", "2", "--dataset_cache", tmp_path / "cache.bin"]
+    command(*arguments, "--output", tmp_path / "one.json")
+    script = Path(__file__).resolve().parent.parent / "convai_evaluation.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
+    done = subprocess.run(
+        list(map(str, [*launch, "--output", tmp_path / "two.json"])), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("FINAL") == 3  # one process reports
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6)
