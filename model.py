@@ -364,7 +364,7 @@ def probe(model: DialogModel) -> None:
     batch = collate(instances, model.ids)
 
     def same(found: Tensor, expected: Tensor) -> bool:
-        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
     padded, real = model._hidden_padded(batch), batch.segments >= 0
     try:
