@@ -708,9 +708,10 @@ def test_bf16_gives_nearly_the_same(dialog_model, command, tmp_path: Path) -> No
 
 
 def test_two_processes_split_the_work_and_give_the_same_figures(dialog_model, command, tmp_path: Path) -> None:
+    """Three batches to score, so that one process has more, and one to generate, so that the other has none."""
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     arguments = ["--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"]
-    arguments += ["--valid_batch_size", "2", "--dataset_cache", tmp_path / "cache.bin"]
+    arguments += ["--valid_batch_size", "4", "--dataset_cache", tmp_path / "cache.bin", "--device", "cpu"]
     command(*arguments, "--output", tmp_path / "one.json")
     script = Path(__file__).resolve().parent.parent / "convai_evaluation.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]

@@ -1,0 +1,88 @@
+"""The scripts as a user runs them: who imports whom, the quick start in small, and mistakes told in one line."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "utils": set(),
+    "model": {"utils"},
+    "web": {"utils", "model"},
+    "train": {"utils", "model"},
+    "interact": {"utils", "model", "web"},
+    "convai_evaluation": {"utils", "model"},
+}
+
+
+def script(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_run_one_way(name):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported & MAY_IMPORT.keys() <= MAY_IMPORT[name]
+
+
+def test_only_the_page_imports_what_only_it_needs():
+    assert "gradio" not in (ROOT / "interact.py").read_text(encoding="utf-8").replace('find_spec("gradio")', "")
+
+
+def test_train_evaluate_and_talk(tmp_path):
+    """Two epochs on the embedded sample: the loss falls, and the checkpoint serves everything."""
+    cache = ["--dataset_path", "data/sample.json", "--dataset_cache", tmp_path / "cache.bin"]
+    options = ["--lr", "1e-3", "--n_epochs", "2", "--gradient_accumulation_steps", "1", "--train_batch_size", "8"]
+    trained = script("train.py", "--model", "data/tiny-gpt", *cache, *options, "--runs_dir", tmp_path / "runs")
+    assert trained.returncode == 0, trained.stderr
+    (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
+    assert f"python interact.py --model_checkpoint {run} --dataset_path data/sample.json" in trained.stderr
+    losses = [json.loads(line).get("loss") for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training_args.json"} <= {
+        f.name for f in run.iterdir()
+    }
+    assert any(run.glob("events.*"))
+    assert AutoModelForCausalLM.from_pretrained(run).config.vocab_size == 2000
+
+    evaluated = script("convai_evaluation.py", "--model_checkpoint", run, *cache, "--limit", "8")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.splitlines()[-1].startswith("FINAL Hits@1: 0.")
+    said = script("interact.py", "--model", run, "--dataset_path", "data/sample.json", input="Hi!\nHow are you?\n")
+    assert said.returncode == 0, said.stderr
+    assert len(said.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train.py", "--model", "./nowhere"], "no such model: ./nowhere"),
+        (["train.py", "--model", "data/tiny-gpt", "--dataset_path", "nowhere.json"], "no such dataset: nowhere.json"),
+        (["train.py", "--n_epochs", "x"], "expected a whole number of at least 0, found 'x'"),
+        (["train.py", "--lr", "-1"], "expected a number of at least 0, found '-1'"),
+        (["train.py", "--local_rank", "0"], "a launcher sets"),
+        (["train.py", "--resume", "nowhere"], "expected a run folder of train.py"),
+        (["interact.py", "--model", "data/tiny-gpt", "--personality", "hi"], "train it first: python train.py"),
+        (["interact.py", "--top_p", "3"], "at most 1.0, found '3'"),
+        (["convai_evaluation.py", "--eval_type", "bleu"], "invalid choice: 'bleu'"),
+        (["convai_evaluation.py", "--model", "data/sample.json"], "neither a .gguf nor a .tar.gz file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, said):
+    done = script(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and said in line
