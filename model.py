@@ -367,6 +367,8 @@ def probe(model: DialogModel) -> None:
         return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
     padded, real = model._hidden_padded(batch), batch.segments >= 0
+    if not padded.isfinite().all():
+        raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
     try:
         model.packed = same(model._hidden_packed(batch)[real], padded[real])
         rows = Continuation(model, [(instance.prefix[:4], instance.token_types[:4]) for instance in instances[:1]])

@@ -64,7 +64,8 @@ ODD = dialog(
     ([], ["hello", "bye now", "Well,hello THERE...how's it going?I'm Ann!"]),  # no persona, no history; unspaced
     (["x"], ["yes .", "no", ""]),  # an empty reply
     ([""], ["no", "Zürich?  naïve 42:17 ☃"]),  # letters, digits and signs that the vocabulary never saw
-    (["Hi!", "ok", "HOW are you?"], ["I'm  fine, thanks", "NO!", "I'm FINE , thanks."]),  # gold twice, as text
+    # Seven turns, of which five are kept; the gold reply twice, as text.
+    (["Bye", "no", "Hi!", "ok", "so?", "sea", "HOW are you?"], ["I'm  fine, thanks", "NO!", "I'm FINE , thanks."]),
     (["well ?"], ["wordless"]),  # gold alone
 )
 DATA = {"train": TRAIN, "valid": [ORDINARY, ODD]}
