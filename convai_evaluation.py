@@ -158,8 +158,8 @@ class WordModel:
         """Of each row's word (K,), from the logits (K, V) at the position before it; float64, on the CPU."""
         first_tokens = self.first_tokens[inside].to(logits.device)
         first = self.first[inside][words].to(logits.device)
-        total = logits[:, first_tokens].double().logsumexp(-1)
-        return (logits.gather(1, first[:, None])[:, 0].double() - total).cpu() + self.log_share[inside][words]
+        total = logits[:, first_tokens].cpu().double().logsumexp(-1)
+        return logits.gather(1, first[:, None])[:, 0].cpu().double() - total + self.log_share[inside][words]
 
 
 def dictionary_texts(splits: Iterable[Split]) -> Iterator[str]:
@@ -217,7 +217,7 @@ def score(model, instances: Instances, words: WordModel | None, args: argparse.N
             output = model.heads(hidden, batch)
             results.scores[rows, : output.mc_logits.shape[1]] = output.mc_logits.cpu()
             owner = (batch.lm_positions // batch.input_ids.shape[1]).cpu()  # the row of each labelled token
-            results.nll[rows] = np.bincount(owner, output.lm_nll.double().cpu(), len(rows))
+            results.nll[rows] = np.bincount(owner, output.lm_nll.cpu().double(), len(rows))
             results.tokens[rows] = np.bincount(owner, minlength=len(rows))
             if words:
                 golds = [instances.split.strings("candidates", row)[-1] for row in rows]

@@ -400,7 +400,7 @@ def build_evaluator(learner: Learner, stop: StopSignal):
             with learner.autocast():
                 output = learner.model(batch)
             sums = engine.state.sums  # exact sums and counts: no average of averages
-            sums["nll"] += output.lm_nll.double().sum().item()
+            sums["nll"] += output.lm_nll.cpu().double().sum().item()  # not every device has float64
             sums["tokens"] += len(batch.lm_labels)
             sums["hits"] += (gold_ranks(output, batch) == 0).sum().item()
             sums["utterances"] += len(batch.n_candidates)
