@@ -381,11 +381,12 @@ def main() -> None:
     persona = choose_persona(args)
     transcript = Transcript(args.transcript) if args.transcript else None
 
+    files = find_finetuned_model(args.model)
+    tokenizer = load_tokenizer(files, args.pre_tokenizer)
+
     from model import Conversation, Decoding, load_model  # heavy: after all that can be told to be wrong at once
 
     decoding = Decoding.from_args(args)
-    files = find_finetuned_model(args.model)
-    tokenizer = load_tokenizer(files, args.pre_tokenizer)
     model = load_model(files, tokenizer, device)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs, so expect nonsense; train it with train.py")
