@@ -381,7 +381,8 @@ def write_report(path: str, figures: dict[str, float], args: argparse.Namespace,
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-    report = {"figures": figures, "settings": vars(args), "versions": versions, "seconds": round(seconds, 1)}
+    known = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no nan
+    report = {"figures": known, "settings": vars(args), "versions": versions, "seconds": round(seconds, 1)}
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
