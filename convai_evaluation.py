@@ -171,7 +171,7 @@ def dictionary_texts(splits: Iterable[Split]) -> Iterator[str]:
         for utterance in range(len(split)):
             for string in split.strings("history", utterance)[-1:]:
                 yield split.text(string)
-            yield split.text(split.strings("candidates", utterance)[-1])
+            yield split.gold_text(utterance)
 
 
 # ------------------------------------------------------------------------------------------------------------
