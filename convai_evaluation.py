@@ -30,6 +30,7 @@ from utils import (
     add_decoding_options,
     add_local_rank,
     add_model_options,
+    add_seed,
     add_valid_path,
     batches_by_length,
     find_finetuned_model,
@@ -65,7 +66,7 @@ def parse_args() -> argparse.Namespace:
         "--output", default="", help="write every figure, with settings and versions, to this JSON file"
     )
     parser.add_argument("--predictions", default="", help="JSON lines file for replies, ranks and scores")
-    parser.add_argument("--seed", type=int, default=42, help="of sampled replies; each has a generator of its own")
+    add_seed(parser, "of sampled replies; each has a generator of its own")
     add_decoding_options(parser)
     return parser.parse_args()
 

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from utils import (
     FINETUNED_NOTE,
@@ -21,6 +22,7 @@ from utils import (
     UserError,
     add_decoding_options,
     add_model_options,
+    add_seed,
     check_device,
     check_message,
     find_finetuned_model,
@@ -33,6 +35,8 @@ from utils import (
     read_dataset,
     run_script,
     set_seed,
+    typed_path,
+    whole_files,
 )
 
 
@@ -43,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     persona = parser.add_mutually_exclusive_group()
     persona.add_argument("--personality", action="append", help="a sentence of the persona; can be repeated")
     persona.add_argument("--personality_file", help="a text file with a sentence of the persona in each line")
-    parser.add_argument("--seed", type=int, default=42, help="of persona and replies (0: other ones on each run)")
+    add_seed(parser, "of persona and replies (0: other ones on each run)")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--transcript", help="a JSON lines file to which each turn is added, as training data")
     place.add_argument("--web", action="store_true", help="a chat page and an OpenAI-compatible endpoint, not a prompt")
@@ -78,7 +82,7 @@ def choose_persona(args: argparse.Namespace) -> list[str]:
 def read_persona(name: str, option: str) -> list[str]:
     """The lines of a text file, for the option or command that named it."""
     try:
-        lines = Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = typed_path(name).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
     return [line.strip() for line in lines if line.strip()]
@@ -180,38 +184,52 @@ class Transcript:
     """A JSON lines file, each turn of the chat a line: a reply with its persona and history, for training."""
 
     def __init__(self, name: str):
-        try:
-            self.file = open(Path(name).expanduser(), "a+b")
-            self.file.seek(0)
-            first = self.file.readline()
-        except OSError as error:
-            raise UserError(f"cannot write --transcript {name}: {error.strerror}; choose a file you can") from error
+        self.path = typed_path(name)
+        with self.opened() as file:
+            file.seek(0)
+            first = file.readline()
         if first.strip() and not is_record(first):
             raise UserError(f"--transcript {name} holds something else; expected a new file or dialogs in JSON lines")
         self.starts: list[int] = []  # of the lines of this chat
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file; where writing fails, it is left as it was."""
+        end = None
+        try:
+            with open(self.path, "a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                yield file
+        except OSError as error:
+            if end is not None:
+                os.truncate(self.path, end)
+            raise UserError(
+                f"cannot write --transcript {self.path}: {error.strerror}; choose a file you can"
+            ) from error
+
     def add(self, chat) -> None:
         *history, reply = chat.said
         record = {"personality": chat.persona, "utterances": [{"history": history, "candidates": [reply]}]}
-        end = self.file.seek(0, os.SEEK_END)
-        if end:
-            self.file.seek(end - 1)
-            if self.file.read(1) != b"\n":
-                self.file.write(b"\n")
+        with self.opened() as file:
+            end = file.tell()
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self.starts.append(end)
-        self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self.file.flush()
 
     def take_back(self) -> None:
         """Drop the last line: its turn was undone."""
         if self.starts:
-            self.file.truncate(self.starts.pop())
+            with self.opened() as file:
+                file.truncate(self.starts.pop())
 
 
 def last_dialog(name: str) -> tuple[list[str], list[str]]:
     """Persona and utterances of the last dialog in a file of any format that the toolkit reads."""
     last = None
-    for dialogs in read_dataset(str(Path(name).expanduser())).values():
+    for dialogs in read_dataset(name).values():
         for dialog in dialogs:
             last = dialog
     if last is None:
@@ -261,7 +279,7 @@ class Terminal:
                 else:
                     self.say(check_message(line.removeprefix("/") if line.startswith("//") else line))
             except UserError as error:
-                print(error)
+                print(printable(str(error)))
 
     def command(self, name: str, rest: str = "") -> None:
         action = getattr(self, "do_" + name[1:], None)
@@ -341,14 +359,12 @@ class Terminal:
             print(f"{option} {('off', 'on')[value] if isinstance(value, bool) else value}")
 
     def do_save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = typed_path(name)
         if not name or (path.exists() and path not in self.saved):
             raise UserError(f"{name} exists; choose another name" if name else "expected /save FILE")
-        record = self.chat.record()
-        try:
-            path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(f"cannot write {name}: {error.strerror}; choose a file you can") from error
+        text = json.dumps(self.chat.record(), ensure_ascii=False) + "\n"
+        with whole_files(path.parent) as partial:  # what an earlier /save wrote stands until this is written
+            (partial / path.name).write_text(text, encoding="utf-8", errors="replace")
         self.saved.add(path)
         print(f"Saved {len(self.chat.said)} utterances in {name}")
 

@@ -296,9 +296,20 @@ def load_model(
     elif from_scratch:
         config = load_config(files)
         config.vocab_size = len(tokenizer)
-        lm = causal_lm_class(config)(config)
+        make = causal_lm_class(config)
+        try:
+            lm = make(config)
+        except Exception as error:  # each architecture has its own for sizes that do not go together
+            raise UserError(
+                f"{files.folder}/config.json: {first_line(error)}; expected sizes of which a model can be made"
+            ) from error
     else:
         raise UserError(f"{files.folder} holds no weights; train it first: python train.py --model {files.folder}")
+    if lm.config.__dict__.pop("auto_map", None):
+        log.warning(
+            f"warning: {files.folder}/config.json asks for code of its own (auto_map), which is never run; "
+            f"using the {lm.config.model_type} of transformers"
+        )
     if lm.get_input_embeddings().num_embeddings != len(tokenizer):
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids = tokenizer.ids
@@ -306,6 +317,8 @@ def load_model(
         config.bos_token_id, config.eos_token_id, config.pad_token_id = ids.bos, ids.eos, ids.pad
     lm.generation_config = GenerationConfig(bos_token_id=ids.bos, eos_token_id=ids.eos, pad_token_id=ids.pad)
     model = DialogModel(lm.float(), ids).eval()
+    if model.limit < 16:
+        raise UserError(f"the model in {files.folder} takes {model.limit} tokens at once; expected at least 16")
     probe(model)
     return model.to(device)
 
@@ -333,19 +346,29 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
             **{"pretrained_model_name_or_path": None} | source,
             config=config,
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
         )
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
-        raise UserError(f"cannot load the weights in {path}: {first_line(error)}") from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("multiple_choice_head."))
-    if missing:
-        raise UserError(f"the weights in {path} lack {len(missing)} tensors, such as {missing[0]}")
+        raise UserError(
+            f"cannot load the weights in {path}: {first_line(error)}; expected whole files of tensors"
+        ) from error
+    reshaped = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]]
+    missing = [name for name in report["missing_keys"] if not name.startswith("multiple_choice_head.")]
+    infinite = [name for name, parameter in lm.named_parameters() if not parameter.isfinite().all()]
+    faults = {"have wrong shapes in": reshaped, "lack": missing, "hold nan or infinity in": infinite}
+    for fault, tensors in faults.items():
+        if tensors:
+            raise UserError(
+                f"the weights in {path} {fault} {len(tensors)} tensors, such as {min(tensors)}; "
+                "fetch the model again, or use an earlier checkpoint"
+            )
     # Checkpoints of old versions carry their causal mask as a buffer.
     surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
     if surplus:
-        log.warning(f"warning: {path} holds tensors this model has no place for, such as {sorted(surplus)[0]}")
+        log.warning(f"warning: {path} holds {len(surplus)} tensors this model has no place for, such as {min(surplus)}")
     return lm
 
 

@@ -35,6 +35,7 @@ from utils import (
     UserError,
     add_local_rank,
     add_model_options,
+    add_seed,
     add_valid_path,
     all_sum,
     batches_by_length,
@@ -77,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--n_epochs", type=number(int, 0), default=3, help="passes over the data (0: evaluate, save)")
     parser.add_argument("--personality_permutations", type=number(int, 1), default=1, help="rotations of each persona")
     parser.add_argument("--eval_before_start", action="store_true", help="evaluate before the first step too")
-    parser.add_argument("--seed", type=int, default=42, help="of everything random")
+    add_seed(parser, "of everything random")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
         "--fp16",

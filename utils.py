@@ -12,6 +12,7 @@ import json
 import logging
 import mmap
 import os
+import pickle
 import random
 import re
 import shutil
@@ -19,7 +20,9 @@ import socket
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
+import warnings
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -56,10 +59,11 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` ends it with one line and status 2, Ctrl-C with status 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, of files that it then refuses
     try:
         main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -67,8 +71,11 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's text (and the next, behind a colon), or its type where it has none; cut."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text tells how to run what it refused to run
+        return "its pickle is damaged, or holds more than tensors, such as code to run"
+    line = re.match(r"(.*:\s*\n)*.*", str(error).strip())[0]
+    return textwrap.shorten(line, 300, placeholder=" ...") or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -87,7 +94,10 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind: type, low: float = float("-inf"), high: float = float("inf")) -> Callable[[str], float]:
+LARGEST = 2**31 - 1  # more than any option makes sense with, and what every library's integers hold
+
+
+def number(kind: type, low: float = -LARGEST, high: float = LARGEST) -> Callable[[str], float]:
     """An argparse type: a number of `kind` between `low` and `high`, both included."""
 
     def parse(text: str):
@@ -97,8 +107,8 @@ def number(kind: type, low: float = float("-inf"), high: float = float("inf")) -
             value = float("nan")
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
-            upper = f" and at most {high}" if high < float("inf") else ""
-            raise argparse.ArgumentTypeError(f"expected {what} of at least {low}{upper}, found '{text}'")
+            bounds = [f"at least {low}"] * (low > -LARGEST) + [f"at most {high}"] * (high < LARGEST or value > high)
+            raise argparse.ArgumentTypeError(f"expected {' of '.join([what, ' and '.join(bounds)])}, found '{text}'")
         return value
 
     return parse
@@ -134,6 +144,10 @@ def add_valid_path(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_seed(parser: argparse.ArgumentParser, note: str) -> None:
+    parser.add_argument("--seed", type=number(int, 0), default=42, help=note)
+
+
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers")
 
@@ -146,7 +160,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=number(float, 1e-6), default=0.7, help="below 1 sharpens, above 1 flattens"
     )
-    parser.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest tokens (<= 0: off)")
+    parser.add_argument("--top_k", type=number(int), default=0, help="sample among the k likeliest tokens (<= 0: off)")
     parser.add_argument(
         "--top_p",
         type=number(float, high=1.0),
@@ -203,8 +217,8 @@ def check_device(name: str) -> torch.device:
     """The device of that name, tried out so that a missing one is a clear line and not a late traceback."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}; try --device cpu") from error
     return device
 
@@ -313,14 +327,6 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Give a finished file its final name, and a new file's usual permissions (safetensors makes its own private)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o666 & ~mask)
-    os.replace(partial, path)
-
-
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the body is done: each appears there whole or not at all.
@@ -331,10 +337,13 @@ def whole_files(folder: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as partial:
             yield Path(partial)
+            mask = os.umask(0)
+            os.umask(mask)
             for file in sorted(os.listdir(partial)):
                 with open(Path(partial, file), "rb+") as written:
                     os.fsync(written.fileno())  # on the disk before it has its name: machines lose power
-                put_in_place(Path(partial, file), folder / file)
+                Path(partial, file).chmod(0o666 & ~mask)  # as a new file's are: safetensors makes its own private
+                os.replace(Path(partial, file), folder / file)
     except UserError:
         raise
     except Exception as error:  # safetensors and torch have their own errors for a full disk
@@ -350,8 +359,13 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def typed_path(name: str) -> Path:
+    """A path as people type it: ~ is the home folder."""
+    return Path(os.path.expanduser(name))  # pathlib's raises where there is no such user
+
+
 def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def download(url: str, instead: str) -> Path:
@@ -360,7 +374,8 @@ def download(url: str, instead: str) -> Path:
     Raises:
         UserError: it cannot be fetched; `instead` tells the user what to pass in its place.
     """
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(re.split('[?#]', url)[0]).name or 'file'}"
+    last = Path(re.split("[?#]", url)[0]).name[-100:]  # file systems take names of 255 bytes
+    name = f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:16]}-{last or 'file'}"
     path = cache_folder() / name
     if path.exists():
         return path
@@ -388,6 +403,24 @@ def download(url: str, instead: str) -> Path:
     return path
 
 
+class Unzipped(gzip.GzipFile):
+    """A gzip file, read in pieces until it proves a bomb: text and weights pack to a tenth, a bomb to a thousandth."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.bound = self.left = 100 * path.stat().st_size + 100 * 2**20
+
+    def read(self, size: int) -> bytes:
+        data = super().read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(
+                f"{self.name} unpacks to more than {self.bound >> 20} MB, a hundred times its size; "
+                "if that is right, unpack it yourself"
+            )
+        return data
+
+
 def unpack(archive: Path) -> Path:
     """Unpack a model's .tar.gz beside the cache's other files, once, and return the folder with its config.json.
 
@@ -400,16 +433,18 @@ def unpack(archive: Path) -> Path:
         if not folder.exists():
             partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
             try:
-                with tarfile.open(archive) as tar:
+                with Unzipped(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
                     for member in tar:
-                        if not (member.isfile() or member.isdir()):
+                        if not (member.isfile() or member.isdir()) or member.issparse():
                             raise UserError(f"{archive}: '{member.name}' is a link or a device; expected plain files")
                         if member.name.startswith("/"):
                             raise UserError(f"{archive}: '{member.name}' leads outside; expected relative paths")
                         tar.extract(member, partial, filter="data")
                 os.replace(partial, folder)
             except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-                raise UserError(f"{archive} cannot be unpacked: {first_line(error)}; expected a .tar.gz") from error
+                raise UserError(
+                    f"{archive} cannot be unpacked: {first_line(error)}; expected a .tar.gz, whole, and room for it"
+                ) from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
@@ -446,6 +481,8 @@ class Record(msgspec.Struct):
     dialog: list[str] | None = None
     messages: list[Message] | None = None
 
+
+NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets nested too deep
 
 FORMATS = "expected PersonaChat JSON, JSON lines or ParlAI text (see 'Data formats' in the README)"
 
@@ -495,7 +532,7 @@ def json_dialogs(raws: Iterable[msgspec.Raw | bytes], where: Callable[[int], str
     for i, raw in enumerate(raws):
         try:
             yield dialog_of(decode(raw))
-        except ValueError as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors too
+        except NO_JSON as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors too
             raise UserError(f"{where(i)}: {first_line(error)}; {FORMATS}") from error
 
 
@@ -510,7 +547,7 @@ def parlai_dialogs(path: str, lines: Iterable[bytes]) -> Iterator[Dialog]:
         if not line.strip():
             continue
         head, _, rest = line.partition(" ")
-        if not head.isdecimal():
+        if not head.isdecimal() or len(head) > 9:
             raise UserError(f"{path}, line {count}: expected a line number first, found '{head[:20]}'; {FORMATS}")
         if int(head) <= last:
             if dialog.utterances or dialog.personality:
@@ -549,8 +586,8 @@ def read_bytes(path: Path) -> bytes | mmap.mmap:
             raise UserError(f"{path} is a folder; expected a dataset file: {FORMATS}")
         with open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
-                with gzip.open(path) as unzipped:
-                    return unzipped.read()
+                with Unzipped(path) as unzipped:
+                    return b"".join(iter(partial(unzipped.read, 2**20), b""))
             if path.stat().st_size == 0:
                 raise UserError(f"{path} is empty; {FORMATS}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -592,10 +629,11 @@ def read_dataset(name: str) -> dict[str, Iterator[Dialog]]:
             splits = {"all": msgspec.json.decode(view, type=list[msgspec.Raw])}
         else:
             splits = msgspec.json.decode(view, type=dict[str, list[msgspec.Raw]])
-    except ValueError as error:
+    except NO_JSON as error:
         raise UserError(f"{path}: {first_line(error)}; {FORMATS}") from error
     if "all" not in splits and "train" not in splits and "valid" not in splits:
-        raise UserError(f"{path}: has the keys {', '.join(splits) or '(none)'}, expected train and valid; {FORMATS}")
+        keys = textwrap.shorten(", ".join(splits), 100, placeholder=" ...") or "(none)"
+        raise UserError(f"{path}: has the keys {keys}, expected train and valid; {FORMATS}")
     return {
         split: json_dialogs(raws, lambda i, split=split: f"{path}, {'$' if split == 'all' else '$.' + split}[{i}]")
         for split, raws in splits.items()
@@ -606,7 +644,7 @@ def read_dataset(name: str) -> dict[str, Iterator[Dialog]]:
 def dataset_file(name: str) -> Path:
     """The dataset as a local file, downloaded where it is a URL or nothing was named."""
     url = name or PERSONACHAT_URL
-    return download(url, "pass --dataset_path a local file") if is_url(url) else Path(name)
+    return download(url, "pass --dataset_path a local file") if is_url(url) else typed_path(name)
 
 
 def iter_lines(data: bytes | mmap.mmap, offset: int) -> Iterator[bytes]:
@@ -621,7 +659,7 @@ def is_record(line: bytes) -> bool:
     """Whether a line is a JSON object with a dialog in it (JSON lines), not the start of a larger document."""
     try:
         keys = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-    except ValueError:
+    except NO_JSON:
         return False
     return bool(keys.keys() & {"personality", "utterances", "dialog", "messages"})
 
@@ -675,14 +713,17 @@ def find_model(name: str) -> ModelFiles:
     Raises:
         UserError: there is no such file, or it cannot be fetched.
     """
-    path = download(name, "pass --model a local folder or file") if is_url(name) else Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
+    path = download(name, "pass --model a local folder or file") if is_url(name) else typed_path(name)
+    if os.path.isdir(path):  # pathlib's raises for names that are too long
+        if not os.path.exists(path / "config.json"):
             raise UserError(f"{path} holds no config.json; expected a model folder, such as one that train.py wrote")
         return ModelFiles(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            magic = file.read(4)
+    if os.path.isfile(path):
+        try:
+            with open(path, "rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; choose a model that you can read") from error
         if magic == b"GGUF":
             return ModelFiles(path.parent, gguf=path.name)
         if magic[:2] == b"\x1f\x8b":
@@ -820,12 +861,17 @@ def load_tokenizer(
             raise UserError(
                 f"{files.folder} holds no tokenizer; train it first: python train.py --model {files.folder}"
             )
-        return DialogTokenizer(learn_bpe(texts(), load_config_dict(files).get("vocab_size", 8000)), pre_tokenizer)
+        size = load_config_dict(files).get("vocab_size", 8000)
+        if type(size) is not int or not 5 <= size <= 10**6:
+            raise UserError(
+                f"{files.folder}/config.json: vocab_size is {size!r}; expected 5 to 1000000, as a vocabulary is learned"
+            )
+        return DialogTokenizer(learn_bpe(texts(), size), pre_tokenizer)
     from transformers import AutoTokenizer
 
     gguf = {"gguf_file": files.gguf} if files.gguf else {"config": load_config(files)}
     try:
-        hf = AutoTokenizer.from_pretrained(files.folder, **gguf)
+        hf = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for a tokenizer it cannot read
         raise UserError(
             f"cannot read the tokenizer in {files.folder}: {first_line(error)}; expected one of transformers'"
@@ -840,7 +886,7 @@ def load_config_dict(files: ModelFiles) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_JSON) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}; expected a model's configuration in JSON") from error
     if "model_type" not in config:
         # afn is openai-gpt's name of its activation function; GPT-2 has no such key
@@ -850,14 +896,20 @@ def load_config_dict(files: ModelFiles) -> dict:
 
 def load_config(files: ModelFiles):
     """The transformers configuration of a model folder."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     config = load_config_dict(files)
+    if str(config["model_type"]) not in CONFIG_MAPPING:
+        own = " and asks for code of its own (auto_map), which is never run" if "auto_map" in config else ""
+        raise UserError(
+            f"{files.folder}/config.json names the model type '{config['model_type']}', which transformers does not "
+            f"know{own}; use another model, such as gpt2"
+        )
     try:
         return AutoConfig.for_model(**config)
     except Exception as error:  # transformers raises many types for a configuration it cannot use
         raise UserError(
-            f"{files.folder}/config.json: {first_line(error)}; expected a model type of transformers"
+            f"{files.folder}/config.json: {first_line(error)}; expected a configuration of transformers"
         ) from error
 
 
@@ -1156,19 +1208,11 @@ def with_distractors(offsets: np.ndarray, candidates: np.ndarray) -> tuple[np.nd
 
 
 def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write a cache file (safetensors: a JSON header, then flat arrays), under a temporary name until it is whole."""
+    """Write a cache file (safetensors: a JSON header, then flat arrays)."""
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(arrays, partial, metadata={"key": key, "checksum": checksum(arrays)})
-        put_in_place(partial, path)
-    except Exception as error:  # safetensors has its own error for a full disk
-        raise UserError(
-            f"cannot write {path}: {first_line(error)}; free some space or pass another --dataset_cache"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_files(path.parent) as partial:
+        save_file(arrays, partial / path.name, metadata={"key": key, "checksum": checksum(arrays)})
 
 
 def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
@@ -1190,7 +1234,7 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
         if metadata["key"] == key and metadata["checksum"] == checksum(arrays):
             return arrays
         reason = "does not match its key or checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, *NO_JSON, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = first_line(error)
     log.warning(f"warning: {path} is damaged or of another kind ({reason}); it is built anew")
     return None
@@ -1467,7 +1511,7 @@ def point_latest_to(folder: Path) -> None:
 
 def find_run(name: str) -> Path:
     """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
-    folder = Path(name).expanduser()
+    folder = typed_path(name)
     try:
         if folder.is_file():
             folder = folder.parent / folder.read_text(encoding="utf-8").strip()

@@ -495,7 +495,7 @@ def plant_malice(folder: Path) -> None:
     "damage, message",
     [
         (drop_tensor, "lack 1 tensors, such as transformer.h.1.mlp.c_fc.weight"),
-        (shrink_config, "cannot load the weights"),
+        (shrink_config, "have wrong shapes in 28 tensors, such as transformer.h.0.attn.c_attn.bias"),
         (cut_file, "cannot load the weights"),
         (not_causal, "a t5 model is not a causal language model"),
         (plant_malice, "cannot load the weights"),
