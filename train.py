@@ -13,8 +13,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from utils import (
+    HUB_NAMES,
     RUNS,
     Batch,
     Instance,
@@ -44,6 +46,7 @@ from utils import (
     find_run,
     first_line,
     gather,
+    is_url,
     join_processes,
     launcher,
     load_dataset,
@@ -53,6 +56,7 @@ from utils import (
     new_run_folder,
     number,
     open_log,
+    printable,
     rank_and_size,
     remove_unfinished,
     run_of_launchers,
@@ -63,7 +67,7 @@ from utils import (
 )
 
 
-def parse_args() -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(__doc__)
     add_model_options(parser)
     add_valid_path(parser)
@@ -93,7 +97,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keep_best", action="store_true", help="keep the epoch of best Hits@1, and not the last one")
     parser.add_argument("--resume", default="", help="go on with this run folder, such as runs/latest, and its options")
     add_local_rank(parser)
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args()
+    local = is_url(args.model) or os.path.exists(os.path.expanduser(args.model))
+    args.base_model = "" if local else HUB_NAMES.get(args.model, args.model)  # kept: a run may go on in another folder
     return resumed_args(parser, args) if args.resume else args
 
 
@@ -120,7 +131,8 @@ def resumed_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace
     path = find_run(args.resume) / "training_args.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # only what was given replaces what was saved
+        before = argparse.Namespace(**{"base_model": ""} | saved)  # older runs do not say what they started from
+        args = parser.parse_args(namespace=before)  # only what was given replaces what was saved
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}; expected what train.py wrote") from error
     for name, value in saved.items():
@@ -365,6 +377,7 @@ def build_trainer(
             "mc_loss": mc_loss,
             "gradient_norm": norm,
             "lr": learner.optimizer.param_groups[0]["lr"],
+            "utterances/s": utterances / (time.monotonic() - engine.state.asked),
             "skipped": progress.skipped,
         }
 
@@ -375,6 +388,10 @@ def build_trainer(
         if progress.done == sampler.size:
             progress.epoch, progress.done = progress.epoch + 1, 0
         sampler.epoch, sampler.start = progress.epoch, progress.done
+
+    @trainer.on(Events.GET_BATCH_STARTED)
+    def start_clock() -> None:
+        trainer.state.asked = time.monotonic()
 
     @trainer.on(Events.ITERATION_STARTED)
     def set_learning_rate() -> None:
@@ -423,6 +440,31 @@ def build_evaluator(learner: Learner, stop: StopSignal):
         engine.state.metrics |= {"nll": nll, "token_ppl": math.exp(min(nll, 700)), "hits@1": hits}
 
     return evaluator
+
+
+SAMPLES = 4  # validation utterances that each evaluation shows a reply to
+
+
+def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
+    """Replies to a few utterances, always the same ones, drawn as interact.py does by default.
+
+    Each has a generator of its own, so that nothing else that is random changes.
+    """
+    from model import Decoding, generate_replies
+
+    rows = range(0, len(valid), math.ceil(len(valid) / SAMPLES))
+    prefixes, rooms = zip(*(valid.prefix(row, min(Decoding.max_length, model.limit // 2)) for row in rows), strict=True)
+    generators = [torch.Generator().manual_seed(abs(seed) + row) for row in rows]
+    replies = generate_replies(model, prefixes, replace(Decoding(), max_length=min(rooms)), generators)
+    return [
+        {
+            "persona": valid.split.persona_texts(row),
+            "history": (valid.split.history_texts(row) or [""])[-1],
+            "gold": valid.split.gold_text(row),
+            "reply": tokenizer.decode(reply),
+        }
+        for row, reply in zip(rows, replies, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -539,17 +581,35 @@ def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> 
         model.lm.config.save_pretrained(partial)
 
 
+def launch_command() -> str:
+    """What starts as many processes as there are now."""
+    size = rank_and_size()[1]
+    return "python" if size == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size)}"
+
+
+def training_command(args: argparse.Namespace) -> str:
+    """The command that trains so, with the options that are not as by default; where files are kept is left out."""
+    words = []
+    for name, default in vars(build_parser().parse_args([])).items():
+        value = getattr(args, name)
+        if value != default and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
+
+
 @contextlib.contextmanager
-def logging_to(folder: Path, trainer, evaluator, learner: Learner, progress: Progress) -> Iterator[None]:
-    """Progress bars, `log.jsonl` and TensorBoard events while the body runs."""
+def logging_to(
+    folder: Path, trainer, evaluator, progress: Progress, sample: Callable[[], list[dict]]
+) -> Iterator[None]:
+    """Progress bars, `log.jsonl` and TensorBoard events while the body runs; what `sample` gives at each evaluation."""
     from ignite.engine import Events
     from ignite.handlers import ProgressBar
-    from ignite.handlers.tensorboard_logger import TensorboardLogger
+    from tensorboardX import SummaryWriter
 
     bar = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
 
     def shown(output: dict[str, float]) -> dict[str, float]:
-        return {name: output[name] for name in ("loss", "skipped") if name == "loss" or output[name]}
+        return {name: output[name] for name in ("loss", "utterances/s", "skipped") if name != "skipped" or output[name]}
 
     bars = (
         ProgressBar(bar_format=bar, desc="train", unit="step"),
@@ -558,22 +618,32 @@ def logging_to(folder: Path, trainer, evaluator, learner: Learner, progress: Pro
     bars[0].attach(trainer, output_transform=shown)
     bars[1].attach(evaluator)
     append = open_log(folder, progress.step)
-    board = TensorboardLogger(log_dir=folder, purge_step=progress.step + 1 if progress.step else None)
-    board.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, learner.optimizer)
-    for engine, event, tag, found in (
-        (trainer, Events.ITERATION_COMPLETED, "training", lambda: trainer.state.output),
-        (evaluator, Events.COMPLETED, "validation", lambda: evaluator.state.metrics),
-    ):
-        engine.add_event_handler(
-            event, lambda found: append({"step": progress.step, "epoch": progress.epoch} | found()), found
+    board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
+
+    def record(tag: str, found: dict[str, float]) -> None:
+        append({"step": progress.step, "epoch": progress.epoch} | found)
+        for name, value in found.items():
+            board.add_scalar(f"{tag}/{name}", value, progress.step)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def tell_step() -> None:
+        record("training", trainer.state.output)
+
+    @evaluator.on(Events.COMPLETED)
+    def tell_validation() -> None:
+        metrics = evaluator.state.metrics
+        record("validation", metrics)
+        log.info(
+            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
+            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
         )
-        board.attach_output_handler(
-            engine,
-            event,
-            tag,
-            output_transform=lambda _, found=found: found(),
-            global_step_transform=lambda *_: progress.step,
-        )
+        replies = sample() if math.isfinite(metrics["nll"]) else []  # else there is nothing to draw from
+        append({"step": progress.step, "epoch": progress.epoch, "replies": replies})
+        for i, reply in enumerate(replies, 1):
+            log.info(f"  {printable(reply['history'])[-60:]} -> {reply['reply']}")
+            lines = [f"    {name}: {' '.join(text) if name == 'persona' else text}" for name, text in reply.items()]
+            board.add_text(f"replies/{i}", "\n".join(lines), progress.step)
+
     try:
         with board:
             yield
@@ -596,6 +666,7 @@ def main() -> None:
     from ignite.distributed import one_rank_first
 
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
     rank, world_size = rank_and_size()
     launchers = set(gather(launcher())) - {""}
     folder = run_to_go_on_with(args, launchers)
@@ -633,7 +704,7 @@ def main() -> None:
         remove_unfinished(folder)
         remove_unfinished(folder / "checkpoints")
         write_settings(folder, model, tokenizer, args)
-    fit(learner, progress, train, valid, args, folder)
+    fit(learner, progress, train, valid, args, folder, tokenizer)
     dataset = f" --dataset_path {shlex.quote(args.dataset_path)}" if args.dataset_path else ""
     log.info(
         f"saved in {folder}\ntalk to it: python interact.py --model_checkpoint {shlex.quote(str(folder))}{dataset}"
@@ -642,10 +713,18 @@ def main() -> None:
 
 
 def fit(
-    learner: Learner, progress: Progress, train: Instances, valid: Instances, args: argparse.Namespace, folder: Path
+    learner: Learner,
+    progress: Progress,
+    train: Instances,
+    valid: Instances,
+    args: argparse.Namespace,
+    folder: Path,
+    tokenizer,
 ) -> None:
     """Train from `progress` to the end, with an evaluation after every epoch; or to a signal, and exit."""
     from ignite.engine import Events
+
+    from card import describe
 
     rank, world_size = rank_and_size()
     step_size = args.train_batch_size * args.gradient_accumulation_steps * world_size
@@ -670,16 +749,15 @@ def fit(
     def evaluate_and_save() -> None:
         # No batches become an empty one: every process must take part in the sums.
         metrics = evaluator.run(valid_loader if len(valid_loader) else [None]).metrics
-        log.info(
-            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
-            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
-        )
         score = metrics["hits@1"], -metrics["nll"]
-        if args.keep_best and progress.best is not None and score <= tuple(progress.best):
-            return
-        progress.best = score if progress.step else None  # what stood before the first step is no epoch
+        better = not args.keep_best or progress.best is None or score > tuple(progress.best)
+        if better:
+            progress.best = score if progress.step else None  # what stood before the first step is no epoch
         if rank == 0:
-            learner.model.save(folder)
+            with whole_files(folder) as partial:  # which has its place right after the weights that it describes
+                describe(partial, folder, progress.best, args, training_command(args), tokenizer.pre_tokenizer)
+                if better:
+                    learner.model.save(folder)
 
     def save_state_and_evaluate() -> None:
         save_state()  # first: what is resumed from here evaluates again
@@ -687,7 +765,9 @@ def fit(
 
     with stop:
         try:
-            with logging_to(folder, trainer, evaluator, learner, progress) if rank == 0 else contextlib.nullcontext():
+            sample = partial(sample_replies, learner.model, valid, tokenizer, args.seed)
+            logs = logging_to(folder, trainer, evaluator, progress, sample)
+            with logs if rank == 0 else contextlib.nullcontext():
                 # Behind the logging: a step that a checkpoint holds is in the log.
                 trainer.add_event_handler(Events.ITERATION_COMPLETED, save_state_in_between)
                 trainer.add_event_handler(Events.EPOCH_COMPLETED, save_state_and_evaluate)
@@ -703,11 +783,9 @@ def fit(
         except Stopped:
             save_state()
             gather("saved")  # a launcher ends all processes when the first one ends
-            local_size = os.environ.get("LOCAL_WORLD_SIZE", world_size)
-            command = "python" if world_size == 1 else f"torchrun --nproc_per_node={local_size}"
             log.info(
                 f"stopped after step {progress.step}, saved in {folder}\n"
-                f"go on with: {command} train.py --resume {shlex.quote(str(folder))}"
+                f"go on with: {launch_command()} train.py --resume {shlex.quote(str(folder))}"
             )
             leave_processes(learner)
             sys.exit(128 + (stop.number or signal.SIGTERM))

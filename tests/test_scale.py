@@ -31,7 +31,7 @@ WORDS = "hello i like cats dogs fish and my red car is fast do you work at the s
 PATIENCE = 150  # seconds for what takes a few on an idle machine
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["train", "model", "tensorboardX", "ignite.distributed", "ignite.handlers"])
+forkserver.set_forkserver_preload(["train", "model", "card", "tensorboardX", "ignite.distributed", "ignite.handlers"])
 
 
 def write_dataset(path: Path, n_train: int, n_valid: int) -> Path:
@@ -349,7 +349,7 @@ def test_levels_of_precision(options, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(options, tmp_path):
-    run = Training(tmp_path, *options(tmp_path), "--lr", 1e30)
+    run = Training(tmp_path, *options(tmp_path), "--lr", 2e9)
     assert run.wait() == [2]
     assert len(run.errors()) == 1 and "not finite in 10 steps in a row, up to step 11" in run.errors()[0]
     assert [record["skipped"] for record in records(tmp_path) if "loss" in record] == list(range(10))

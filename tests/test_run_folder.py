@@ -1,0 +1,229 @@
+"""What a run folder shows of a run: TensorBoard events, sampled replies, curves.png and the model card."""
+
+import contextlib
+import io
+import json
+import shutil
+import struct
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS
+from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
+from tensorboardX.proto.event_pb2 import Event
+
+import card
+import train
+from model import Decoding, generate_replies
+from utils import UserError, build_prefix, find_run, log
+
+
+def run_train(*options) -> list[str]:
+    """train.py's main in this process; the lines that it told the user."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        patch.setattr(log, "info", told.append)
+        train.main()
+    return "\n".join(told).splitlines()
+
+
+@pytest.fixture(scope="module")
+def options(tiny, tmp_path_factory):
+    """`options(folder)`: a run of two epochs, each of three steps and a validation of five utterances."""
+    data = tmp_path_factory.mktemp("data") / "data.json"
+    utterances = [{"history": TEXTS[i:3], "candidates": [TEXTS[4], TEXTS[5], TEXTS[i + 3]]} for i in range(4)]
+    dialog = {"personality": TEXTS[5:], "utterances": utterances}
+    data.write_text(json.dumps({"train": [dialog] * 3, "valid": [dialog, dialog | {"utterances": utterances[:1]}]}))
+
+    def options(folder: Path) -> list:
+        kept = ["--runs_dir", folder, "--dataset_cache", data.with_name("cache.bin"), "--device", "cpu"]
+        learning = ["--lr", 3e-3, "--gradient_accumulation_steps", 1, "--n_epochs", 2, "--eval_before_start"]
+        return ["--model", tiny("gpt2"), "--dataset_path", data, *kept, *learning]
+
+    return options
+
+
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a run, which no test may change, and what it told."""
+    runs = tmp_path_factory.mktemp("runs")
+    told = run_train(*options(runs))
+    return find_run(runs / "latest"), told
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(folder) if "loss" in record]
+
+
+def events(folder: Path) -> dict[str, dict[int, float | str]]:
+    """The values of every tag that TensorBoard shows, by step; a file is of length, checksum, event, checksum, ..."""
+    found = defaultdict(dict)
+    for path in sorted(folder.glob("events.*")):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            for value in event.summary.value:
+                text = b"".join(value.tensor.string_val).decode()
+                found[value.tag][event.step] = text or value.simple_value
+    return found
+
+
+def card_of(folder: Path) -> tuple[ModelCard, dict[str, float], list[str]]:
+    """As the hub's own library reads it; its figures; the rows of its table."""
+    loaded = ModelCard.load(folder / "README.md")
+    table = [line for line in loaded.text.splitlines() if line.startswith("|") and "%" in line]
+    return loaded, {result.metric_name: result.metric_value for result in loaded.data.eval_results}, table
+
+
+def test_tensorboard(run):
+    folder, _ = run
+    found, steps = events(folder), [record for record in records(folder) if "loss" in record]
+    for name in ("loss", "lm_loss", "mc_loss", "gradient_norm", "lr", "utterances/s", "skipped"):
+        assert found[f"training/{name}"] == pytest.approx({record["step"]: record[name] for record in steps}, rel=1e-6)
+    assert all(0 < record["utterances/s"] < 1e5 for record in steps)
+    validations = [record for record in records(folder) if "nll" in record]
+    for name, tag in (("nll", "nll"), ("token_ppl", "token_ppl"), ("hits@1", "hits_1")):  # no @ in its names
+        expected = {record["step"]: record[name] for record in validations}
+        assert list(expected) == [0, 3, 6] and found[f"validation/{tag}"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_sampled_replies(run):
+    """In TensorBoard, the log and the terminal: of the same utterances each time, and another model's are others."""
+    folder, told = run
+    samples = [record["replies"] for record in records(folder) if "replies" in record]
+    asked = [[{name: reply[name] for name in reply if name != "reply"} for reply in replies] for replies in samples]
+    assert len(samples) == 3 and asked[0] == asked[1] == asked[2]
+    assert samples[0] != samples[2]
+    # every second one of the five utterances of validation
+    assert asked[0] == [{"persona": TEXTS[5:], "history": TEXTS[2], "gold": TEXTS[i]} for i in (3, 5, 3)]
+    shown = events(folder)
+    for i, reply in enumerate(samples[2], 1):
+        assert f"  {reply['history'][-60:]} -> {reply['reply']}" in told
+        expected = f"    persona: {TEXTS[5]} {TEXTS[6]}\n    history: {reply['history']}\n"
+        text = shown[f"replies/{i}/text_summary"]
+        assert list(text) == [0, 3, 6]
+        assert text[6] == f"{expected}    gold: {reply['gold']}\n    reply: {reply['reply']}"
+
+
+def test_samples_change_no_loss(run, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sample_replies", lambda *_: [])
+    run_train(*options(tmp_path))
+    assert losses(tmp_path / "latest") == losses(run[0])
+
+
+def test_resumed_run_has_whole_curves_and_card(run, tmp_path):
+    folder = tmp_path / run[0].name
+    shutil.copytree(run[0], folder)
+    before, text = (folder / "curves.png").read_bytes(), (folder / "README.md").read_bytes()
+    assert before[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", before[16:24]) == (1200, 360)
+    assert len(before) > 10_000
+    train.checkpoints(folder)[-1].unlink()
+    run_train("--resume", folder)  # the second epoch again: nothing is lost and nothing twice
+    assert ((folder / "curves.png").read_bytes(), (folder / "README.md").read_bytes()) == (before, text)
+    run_train("--resume", folder, "--n_epochs", 3)
+    assert [step for step, _ in losses(folder)] == list(range(1, 10))
+    assert (folder / "curves.png").read_bytes() != before
+    _, figures, table = card_of(folder)
+    assert [row.split("|")[1].strip() for row in table] == ["0", "1", "2", "**3**"]
+    assert table[:2] == card_of(run[0])[2][:2]
+    last = [record for record in records(folder) if "nll" in record][-1]
+    assert figures["Hits@1"] == pytest.approx(last["hits@1"], abs=1e-4)
+    assert "--n_epochs" not in (folder / "README.md").read_text()  # three is what it is by default
+
+
+def test_model_card(run, monkeypatch):
+    folder, _ = run
+    loaded, figures, table = card_of(folder)
+    assert (loaded.data.library_name, loaded.data.pipeline_tag) == ("transformers", "text-generation")
+    assert loaded.data.language is None and loaded.data.base_model is None  # not known of one's own data and folder
+    assert {"dialogue", "persona-chat", "transfertransfo"} == set(loaded.data.tags)
+    last = [record for record in records(folder) if "nll" in record][-1]
+    assert figures == pytest.approx({"Hits@1": last["hits@1"], "perplexity per token": last["token_ppl"]}, rel=1e-2)
+    assert [row.split("|")[1].strip() for row in table] == ["0", "1", "**2**"]
+    mean = sum(loss for _, loss in losses(folder)[3:]) / 3
+    assert table[2].split("|")[2:4] == [" **6** ", f" **{mean:.3f}** "]
+    # the command in it trains so
+    (command,) = [line for line in loaded.text.splitlines() if line.startswith("python train.py")]
+    monkeypatch.setattr(sys, "argv", command.split()[1:])
+    again, settings = vars(train.parse_args()), json.loads((folder / "training_args.json").read_text())
+    differing = {name for name in settings if settings[name] != again[name]}
+    assert differing <= {"runs_dir", "dataset_cache", "device"} and "--eval_before_start" in command
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "openai-gpt"])
+def test_code_of_the_card_gives_the_reply_of_the_toolkit(kind, dialog_model, load, monkeypatch):
+    monkeypatch.chdir(dialog_model(kind))
+    code, shown = card.CARD.split("```python\n")[1].split("```")[0], io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(code, {})
+    model, tokenizer = load(Path("."), pre_tokenizer="basic" if kind == "openai-gpt" else None)
+    persona, history = tokenizer.encode(["i like cats.", "do you have a pet ?"])
+    prefix = build_prefix([persona], [history], tokenizer.ids)
+    decoding = Decoding(no_sample=True, min_length=0)
+    (reply,) = generate_replies(model, [prefix], decoding, [torch.Generator()])
+    assert reply and shown.getvalue().strip() == tokenizer.hf.decode(reply, clean_up_tokenization_spaces=False).strip()
+
+
+def test_keep_best_has_the_card_of_its_weights(options, tmp_path):
+    """An epoch that is not the best one is in the table, and the figures stay those of the best."""
+    run_train(*options(tmp_path / "run"), "--keep_best", "--lr", 0.3, "--n_epochs", 3)
+    folder = find_run(tmp_path / "run" / "latest")
+    _, figures, table = card_of(folder)
+    scores = [(record["hits@1"], -record["nll"]) for record in records(folder) if record["step"] and "nll" in record]
+    best = scores.index(max(scores))
+    assert best < 2  # so that the last epoch is not kept
+    assert ["**" in row for row in table] == [False, *(epoch == best for epoch in range(3))]
+    run_train(*options(tmp_path / "again"), "--model", folder, "--n_epochs", 0)
+    (found,) = [record for record in records(tmp_path / "again" / "latest") if "nll" in record]
+    assert figures["Hits@1"] == pytest.approx(found["hits@1"], abs=1e-4)
+    assert figures["perplexity per token"] == pytest.approx(found["token_ppl"], rel=1e-3)
+
+
+def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
+    """A model of the hub and PersonaChat are named; a step that was skipped is in no mean."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = train.parse_args()
+    lines = (run[0] / "log.jsonl").read_text().splitlines()
+    skipped = json.loads(lines[2]) | {"loss": float("nan"), "lm_loss": float("nan")}
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps(skipped)]))
+    first = [record for record in records(run[0]) if "nll" in record][1]
+    card.describe(tmp_path, tmp_path, (first["hits@1"], -first["nll"]), args, train.training_command(args), "spacy")
+    loaded, _, table = card_of(tmp_path)
+    assert loaded.data.base_model == "openai-community/openai-gpt" and loaded.data.language == "en"
+    assert loaded.data.eval_results[0].dataset_name == "PersonaChat" and "do n't" in loaded.text
+    assert "```bash\npython train.py\n```" in loaded.text
+    assert "nan" not in "".join(table) and table[1].startswith("| **1** |")
+
+
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [("gpt2", "openai-community/gpt2"), ("a/b", "a/b"), (".", ""), ("~/", ""), ("https://host/a.tar.gz", "")],
+)
+def test_base_model_is_one_of_the_hub(model, known, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", model])
+    assert train.parse_args().base_model == known
+
+
+def test_a_full_disk_keeps_card_and_weights_of_before(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    before = {name: (folder / name).read_bytes() for name in ("README.md", "curves.png", "model.safetensors")}
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(UserError, match=f"cannot write to {folder}: .*No space left"):
+        run_train("--resume", folder, "--n_epochs", 3)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert not list(folder.glob(".saving-*"))
