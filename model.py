@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
@@ -60,7 +61,7 @@ class OpenAIGPTBody(OpenAIGPTModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -79,11 +80,11 @@ class OpenAIGPTBody(OpenAIGPTModel):
                 x = self._layer(block, x, attention_mask, cache, layer)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
-    def _layer(self, block, x: Tensor, mask: Tensor | None, cache: DynamicCache | None, layer: int) -> Tensor:
+    def _layer(self, block, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         x = block.ln_1(x + self._attend(block.attn, x, mask, cache, layer))
         return block.ln_2(x + block.mlp(x))
 
-    def _attend(self, attn, x: Tensor, mask: Tensor | None, cache: DynamicCache | None, layer: int) -> Tensor:
+    def _attend(self, attn, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = (part.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.update(k, v, layer)
@@ -447,7 +448,7 @@ class Decoding:
         return replace(self, **{name: decoding_option(name, text)})
 
 
-SMALL_NUCLEUS = 1024  # tokens
+NUCLEI = 64, 1024  # tokens: sizes to try before the whole vocabulary
 
 
 def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
@@ -462,9 +463,10 @@ def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     probabilities = logits.softmax(-1)
     if 0 < decoding.top_p < 1:
         # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
-        ordered, order = probabilities.topk(min(SMALL_NUCLEUS, probabilities.shape[-1]))
-        if bool((ordered.sum(-1) < decoding.top_p).any()):
-            ordered, order = probabilities.sort(descending=True)
+        for size in (*NUCLEI, probabilities.shape[-1]):
+            ordered, order = probabilities.topk(min(size, probabilities.shape[-1]))
+            if bool((ordered.sum(-1) >= decoding.top_p).all()):
+                break
         before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
         nucleus = ordered.masked_fill(before >= decoding.top_p, 0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, nucleus)
@@ -475,9 +477,8 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
     """One token for each row (B, V) -> (B,), each by its own (CPU) generator: rows do not depend on their batch."""
     uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probabilities)
     heights = probabilities.cumsum(-1)
-    tokens = torch.searchsorted(heights, uniform[:, None] * heights[:, -1:], right=True)[:, 0]
-    # Rounding may carry the last height past itself; the likeliest token stands in.
-    return torch.where(tokens < probabilities.shape[-1], tokens, probabilities.argmax(-1))
+    below = uniform[:, None].clamp(max=1 - 1e-6) * heights[:, -1:]  # rounded, but never up to the last height
+    return torch.searchsorted(heights, below, right=True)[:, 0]
 
 
 def repeating(said: list[int], reply: list[int], n: int) -> set[int]:
@@ -486,6 +487,37 @@ def repeating(said: list[int], reply: list[int], n: int) -> set[int]:
         return set()
     said, tail = [*said, *reply], reply[len(reply) - n + 1 :]
     return {said[i] for i in range(n - 1, len(said)) if said[i - n + 1 : i] == tail}
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache with room behind its keys and values, so that a token is added without copying the others."""
+
+    ROOM = 64  # columns
+    buffers: tuple[Tensor, Tensor] | None = None  # keys and values are the beginning of these
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < end:
+            wide = [states.new_empty(*states.shape[:-2], end + self.ROOM, states.shape[-1]) for states in new]
+            if start:
+                wide[0][..., :start, :], wide[1][..., :start, :] = self.keys, self.values
+            self.buffers = tuple(wide)
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if repeats > 1:
+            super().batch_repeat_interleave(repeats)
+            self.buffers = None
+
+
+def new_cache() -> Cache:
+    return Cache(layer_class_to_replicate=RoomyLayer)
 
 
 class PrefixCache:
@@ -501,10 +533,10 @@ class PrefixCache:
         self.size = size
         self.kept: list[tuple[list[tuple[int, int]], list[tuple[Tensor, Tensor]]]] = []  # the newest is the last
 
-    def beginning(self, prefix: tuple[list[int], list[int]]) -> DynamicCache:
+    def beginning(self, prefix: tuple[list[int], list[int]]) -> Cache:
         """A cache of the longest beginning that `prefix` has in common with a kept row, short of its last token."""
         row = list(zip(*prefix, strict=True))[:-1]
-        cache, length, layers = DynamicCache(), 0, []
+        cache, length, layers = new_cache(), 0, []
         for other, other_layers in self.kept:
             shared = len(os.path.commonprefix([row, other]))
             if shared > length:
@@ -513,7 +545,7 @@ class PrefixCache:
             cache.update(keys[:, :, :length], values[:, :, :length], layer)
         return cache
 
-    def keep(self, row: list[tuple[int, int]], cache: DynamicCache, index: int) -> None:
+    def keep(self, row: list[tuple[int, int]], cache: Cache, index: int) -> None:
         """Keep row `index` of a cache, whose tokens and token types begin with `row`."""
         row = row[: cache.get_seq_length()]
         layers = [(each.keys[[index], :, : len(row)], each.values[[index], :, : len(row)]) for each in cache.layers]
@@ -545,7 +577,7 @@ class Continuation:
         self.tokens, self.types = torch.tensor(padded, device=model.device)  # (B, T) each
         self.cache = None
         if model.packed:
-            self.cache = kept.beginning(prefixes[0]) if kept and len(prefixes) == 1 else DynamicCache()
+            self.cache = kept.beginning(prefixes[0]) if kept and len(prefixes) == 1 else new_cache()
 
     def start(self, copies: int = 1) -> Tensor:
         """The hidden state of every prefix's last token; each prefix becomes `copies` rows (B, D)."""

@@ -13,6 +13,7 @@ from utils import DialogTokenizer, Instance, Instances
 
 FULL = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # the openai-gpt shape
 QUICK = {"n_layer": 2, "n_embd": 128, "n_head": 4}
+PEAKED = 8  # times the weights as they are initialised, the distribution over tokens is as peaked as a trained model's
 ROWS = 40483  # of the embedding: openai-gpt's vocabulary and five special tokens
 
 
@@ -20,7 +21,10 @@ def random_model(tokenizer: DialogTokenizer, shape: dict[str, int]) -> DialogMod
     """A DialogModel of the openai-gpt family with random weights."""
     torch.manual_seed(0)
     config = OpenAIGPTConfig(vocab_size=ROWS, n_positions=512, **shape)
-    return DialogModel(with_choice_head(OpenAIGPTLMHeadModel)(config), tokenizer.ids).eval()
+    lm = with_choice_head(OpenAIGPTLMHeadModel)(config)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight *= PEAKED
+    return DialogModel(lm, tokenizer.ids).eval()
 
 
 def double_heads(model: DialogModel) -> OpenAIGPTDoubleHeadsModel:
