@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import logging
 import mmap
@@ -108,7 +109,8 @@ def number(kind: type, low: float = -LARGEST, high: float = LARGEST) -> Callable
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             bounds = [f"at least {low}"] * (low > -LARGEST) + [f"at most {high}"] * (high < LARGEST or value > high)
-            raise argparse.ArgumentTypeError(f"expected {' of '.join([what, ' and '.join(bounds)])}, found '{text}'")
+            of = f" of {' and '.join(bounds)}" if bounds else ""
+            raise argparse.ArgumentTypeError(f"expected {what}{of}, found '{text}'")
         return value
 
     return parse
@@ -368,6 +370,18 @@ def is_url(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
 
 
+class Part(io.BufferedWriter):
+    """What is here of a download. A server that breaks off and can only begin anew is given up after a few times."""
+
+    anew = 0
+
+    def truncate(self, size: int | None = None) -> int:
+        self.anew += 1
+        if self.anew > 5:
+            raise OSError("the connection breaks off each time")
+        return super().truncate(size)
+
+
 def download(url: str, instead: str) -> Path:
     """Fetch `url` into the cache folder, once; a part left by an earlier attempt is continued.
 
@@ -389,7 +403,7 @@ def download(url: str, instead: str) -> Path:
         if path.exists():  # another process fetched it while this one waited
             return path
         try:
-            with open(part, "ab") as file:
+            with Part(io.FileIO(part, "ab")) as file:
                 try:
                     http_get(url, file, resume_size=file.tell(), displayed_filename=path.name[17:])
                 except HfHubHTTPError as error:

@@ -1,0 +1,691 @@
+"""Inputs gone wrong: each row an input and the exact line it gets. What other files' tables hold is not repeated."""
+
+# ruff: noqa: E501 (lines are as long as what is printed)
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import sys
+import tarfile
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_data import DIALOG, TURNS, CountingTokenizer, json_lines, read, write
+from test_downloads import CONTENT, Handler, cache, kept, member, server, write_tar
+from test_inputs import IDS
+
+import convai_evaluation
+import interact
+import train
+from model import Conversation, Decoding
+from utils import (
+    FORMATS,
+    DialogTokenizer,
+    Instances,
+    UserError,
+    download,
+    find_model,
+    learn_bpe,
+    load_dataset,
+    load_tokenizer,
+    read_dataset,
+    run_script,
+    unpack,
+)
+
+__all__ = ["cache", "server", "write"]  # fixtures
+MEGABYTES = 10 * 2**20
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """`ended(script, *arguments)` runs a script's main as the command does: its exit status and standard error."""
+
+    def ended(script, *arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_script(script.main)
+        return exit.value.code, capsys.readouterr().err
+
+    return ended
+
+
+@contextlib.contextmanager
+def full_disk(largest: int):
+    """Files can be this large while the body runs."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        (train, "--n_epochs x", "argument --n_epochs: expected a whole number of at least 0, found 'x'"),
+        (train, "--n_epochs 1.5", "argument --n_epochs: expected a whole number of at least 0, found '1.5'"),
+        (train, "--num_candidates 0", "argument --num_candidates: expected a whole number of at least 1, found '0'"),
+        (train, "--lr -1", "argument --lr: expected a number of at least 0, found '-1'"),
+        (train, "--lr nan", "argument --lr: expected a number of at least 0, found 'nan'"),
+        (train, "--lr inf", "argument --lr: expected a number of at least 0 and at most 2147483647, found 'inf'"),
+        (train, "--max_norm=-inf", "argument --max_norm: expected a number of at least 0, found '-inf'"),
+        (train, "--max_history -1", "argument --max_history: expected a whole number of at least 0, found '-1'"),
+        (train, "--seed -1", "argument --seed: expected a whole number of at least 0, found '-1'"),
+        (
+            train,
+            "--seed 99999999999999999999",
+            "argument --seed: expected a whole number of at least 0 and at most 2147483647, "
+            "found '99999999999999999999'",
+        ),
+        (train, "--fp16 O1 --bf16", "argument --bf16: not allowed with argument --fp16"),
+        (train, "--batch 4", "unrecognized arguments: --batch 4"),
+        (train, "--lr", "argument --lr: expected one argument"),
+        (interact, "--top_p 3", "argument --top_p: expected a number of at most 1.0, found '3'"),
+        (interact, "--top_p x", "argument --top_p: expected a number of at most 1.0, found 'x'"),
+        (interact, "--top_k x", "argument --top_k: expected a whole number, found 'x'"),
+        (interact, "--temperature 0", "argument --temperature: expected a number of at least 1e-06, found '0'"),
+        (interact, "--max_length 0", "argument --max_length: expected a whole number of at least 1, found '0'"),
+        (
+            interact,
+            "--n_replies 65",
+            "argument --n_replies: expected a whole number of at least 1 and at most 64, found '65'",
+        ),
+        (
+            interact,
+            "--personality a --personality_file b",
+            "argument --personality_file: not allowed with argument --personality",
+        ),
+        (convai_evaluation, "--limit -1", "argument --limit: expected a whole number of at least 0, found '-1'"),
+        (
+            convai_evaluation,
+            "--eval_type bleu",
+            "argument --eval_type: invalid choice: 'bleu' (choose from hits@1, ppl, f1, all)",
+        ),
+    ],
+)
+def test_options_out_of_range(script, arguments, line, ended):
+    status, said = ended(script, *arguments.split())
+    said = said.replace("choose from 'hits@1', 'ppl', 'f1', 'all'", "choose from hits@1, ppl, f1, all")  # Python 3.11
+    assert (status, said) == (2, f"error: {line} (see: python {script.__name__}.py --help)\n")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "meta", "hpu", "cpu:-1", "gpu", ""])
+@pytest.mark.parametrize("script", [train, interact, convai_evaluation])
+def test_devices_that_are_not_there(script, device, ended):
+    if torch.cuda.is_available() and device.startswith("cuda") or torch.mps.is_available() and device == "mps":
+        pytest.skip("it is there")
+    status, said = ended(script, "--device", device)
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith(f"error: --device {device} cannot be used here: ".replace("  ", " "))
+    assert said.endswith("; try --device cpu\n")
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        (train, "--model {0}/none", "no such model: {0}/none; expected a folder, a .tar.gz or .gguf file, a URL or a hub id"),
+        (train, "--model ~nobody/none", "no such model: ~nobody/none; expected a folder, a .tar.gz or .gguf file, a URL or a hub id"),
+        (train, "--model /proc/self/mem", "cannot read /proc/self/mem: Input/output error; choose a model that you can read"),
+        (train, "--model file:///etc/passwd", "no such model: file:///etc/passwd; expected a folder, a .tar.gz or .gguf file, a URL or a hub id"),
+        (train, "--resume {0}", "{0} holds no training_args.json; expected a run folder of train.py, such as runs/latest"),
+        (interact, "--personality_file {0}/none", "cannot read --personality_file {0}/none: [Errno 2] No such file or directory: '{0}/none'; expected UTF-8 text"),
+        (interact, "--personality_file {0}", "cannot read --personality_file {0}: [Errno 21] Is a directory: '{0}'; expected UTF-8 text"),
+        (interact, "--personality_file {0}/bytes", "cannot read --personality_file {0}/bytes: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; expected UTF-8 text"),
+        (interact, "--dataset_path {0}/none", "no such dataset: {0}/none; pass --dataset_path a file or a URL; or give a persona with --personality 'i like cats.'"),
+        (interact, "--personality a --transcript {0}", "cannot write --transcript {0}: Is a directory; choose a file you can"),
+        (interact, "--personality a --transcript {0}/bytes", "--transcript {0}/bytes holds something else; expected a new file or dialogs in JSON lines"),
+    ],
+)  # fmt: skip
+def test_files_that_options_name(script, arguments, line, tmp_path, ended, monkeypatch):
+    (tmp_path / "bytes").write_bytes(b"\xff\x1b[2J")
+    status, said = ended(script, *arguments.format(tmp_path).split())
+    assert (status, said) == (2, f"error: {line.format(tmp_path)}\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["bytes"]
+    assert (tmp_path / "bytes").read_bytes() == b"\xff\x1b[2J"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Datasets
+# ------------------------------------------------------------------------------------------------------------
+
+
+def utterance(**changes) -> str:
+    return json.dumps(
+        {"train": [{"personality": ["x"], "utterances": [{"history": ["a"], "candidates": ["b"]} | changes]}]}
+    )
+
+
+GOOD = json_lines(TURNS)
+DEEP = "maximum recursion depth exceeded while deserializing an object"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        # a wrong type
+        (utterance(history="hi"), ", $.train[0]: Expected `array`, got `str` - at `$.utterances[0].history`"),
+        (utterance(candidates=[["b"]]), ", $.train[0]: Expected `str`, got `array` - at `$.utterances[0].candidates[0]`"),
+        ('[{"utterances": {}}]', ", $[0]: Expected `array | null`, got `object` - at `$.utterances`"),
+        ('[{"personality": [3], "dialog": []}]', ", $[0]: Expected `str`, got `int` - at `$.personality[0]`"),
+        ('{"dialog": "hi"}\n', ", line 1: Expected `array | null`, got `str` - at `$.dialog`"),
+        ('{"messages": ["hi"]}\n', ", line 1: Expected `object`, got `str` - at `$.messages[0]`"),
+        ('{"messages": [{"role": "user", "content": ["hi"]}]}\n', ", line 1: Expected `str`, got `array` - at `$.messages[0].content`"),
+        ('{"train": {"0": []}}', ": Expected `array`, got `object` - at `$[...]`"),
+        ("[NaN]", ": JSON is malformed: invalid character (byte 1)"),
+        ("null", ": begins with b'null'"),
+        ("1 a\tb\ntwo c\td\n", ", line 2: expected a line number first, found 'two'"),
+        ("1 a\tb\n-2 c\td\n", ", line 2: expected a line number first, found '-2'"),
+        ("1.5 a\tb\n", ", line 1: expected a line number first, found '1.5'"),
+        # a missing key
+        ('{"train": [{"personality": [], "utterances": [{"candidates": ["a"]}]}]}', ", $.train[0]: Object missing required field `history` - at `$.utterances[0]`"),
+        ('{"personality": ["x"]}\n', ", line 1: a dialog needs one of the keys utterances, dialog or messages - at `$`"),
+        ('{"messages": [{"content": "hi"}]}\n', ", line 1: Object missing required field `role` - at `$.messages[0]`"),
+        (json.dumps({f"k{i}": [] for i in range(9999)}), ": has the keys k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, ..., expected train and valid"),
+        # an empty list where the gold reply must be
+        (utterance(candidates=[]), ", $.train[0]: no candidates (the last one is the gold reply) - at `$.utterances[0].candidates`"),
+        # bytes that are no text
+        (b"\0" * 100, r": begins with b'\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00'"),
+        (b'{"dialog": ["a\0", "b"]}\n', ": JSON is malformed: invalid character (byte 14)"),
+        (GOOD.encode() + b'{"dialog": ["a\0", "b"]}\n', ", line 2: JSON is malformed: invalid character (byte 14)"),
+        (b"1 hi\thello\n2 \xc3\tx\n", ", line 2: not UTF-8 (invalid continuation byte); save the file as UTF-8"),
+        (r'{"dialog": ["\ud800", "b"]}', ": JSON is malformed: unexpected end of hex escape (byte 19)"),
+        (b"\xef\xbb\xbf", ": begins with b''"),
+        # a terminal's commands are not passed on
+        ("1 a\tb\n\x1b[31mred c\td\n", ", line 2: expected a line number first, found '[31mred'"),
+        # long and deep
+        ("1" * 5000 + " a\tb\n", ", line 1: expected a line number first, found '11111111111111111111'"),
+        ("1 a\tb\n" + "x" * MEGABYTES, f", line 2: expected a line number first, found '{'x' * 20}'"),
+        ('{"messages": [{"role": "' + "x" * MEGABYTES + '", "content": ""}]}', ", line 1: expected role system, user or assistant, got ..."),
+        (GOOD + "[" * MEGABYTES, ", line 2: Expected `object`, got `array`"),
+        ("[" * MEGABYTES, f": {DEEP}"),
+        ('[{"x": ' + "[" * MEGABYTES, f": {DEEP}"),
+        (GOOD + '{"x": ' + "[" * MEGABYTES, f", line 2: {DEEP}"),
+        ('{"dialog": ["' + "x" * MEGABYTES, ": Input data was truncated"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_datasets_that_cannot_be_read(content, line, write, ended):
+    path = write(content)
+    status, said = ended(interact, "--dataset_path", path)
+    tail = "" if "save the file" in line else f"; {FORMATS}"
+    assert (status, said) == (2, f"error: {path}{line}{tail}; or give a persona with --personality 'i like cats.'\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda data: data[:-12], "Compressed file ended before the end-of-stream marker was reached"),
+        (lambda data: data[:9], "Compressed file ended before the end-of-stream marker was reached"),
+        (lambda data: data[:-8] + bytes(8), "CRC check failed 0x0 != {crc}"),
+        (lambda data: data[:12] + b"\xff\xff" + data[14:], "Error -3 while decompressing data: {zlib}"),
+        (lambda data: data + b"more", "Not a gzipped file (b'mo')"),
+    ],
+    ids=["cut", "only-a-header", "another-checksum", "overwritten", "something-behind-it"],
+)
+def test_gzip_files_that_are_damaged(damage, line, write):
+    path = write(damage(gzip.compress(GOOD.encode() * 9)))
+    with pytest.raises(UserError) as caught:
+        read(path)
+    start, _, _ = line.partition("{")  # what follows is zlib's
+    assert str(caught.value).startswith(f"cannot read {path}: {start}")
+    assert str(caught.value).endswith("; expected a whole, readable file")
+
+
+def dialogs_of(*lists: list[str]) -> list:
+    return [(list(texts[:-1]), texts[-1]) for texts in lists]
+
+
+# What looks strange and is right: each row a file and its (history, gold reply) pairs.
+STRANGE = {
+    "one-candidate": (utterance(candidates=["only"]), dialogs_of(["a", "only"])),
+    "no-gold-reply": (json_lines({"dialog": ["hi"]}) + "", []),
+    "no-gold-reply-parlai": ("1 hi\n2 there\n", []),
+    "no-dialogs": ("[]", []),
+    "no-utterances": ('[{"utterances": []}]', []),
+    "no-turns": ('{"dialog": []}\n{"messages": []}\n', []),
+    "numbers-alone": ("1\n2\n", []),
+    "empty-texts": ('{"dialog": ["", ""]}\n', dialogs_of(["", ""])),
+    "duplicated-numbers": ("1 a\tb\n1 c\td\n1 e\tf\n", dialogs_of(["a", "b"], ["c", "d"], ["e", "f"])),
+    "numbers-with-gaps": ("3 a\tb\n9 c\td\n", dialogs_of(["a", "b"], ["a", "b", "c", "d"])),
+    "other-digits": ("1 a\tb\n٢ c\td\n", dialogs_of(["a", "b"], ["a", "b", "c", "d"])),
+    "escaped-nul": (r'{"dialog": ["a\u0000", "b"]}', dialogs_of(["a\0", "b"])),
+    "nul-in-parlai": ("1 a\0\tb\n", dialogs_of(["a\0", "b"])),
+    "key-given-twice": ('{"train": [], "train": [{"dialog": ["a", "b"]}]}', dialogs_of(["a", "b"])),
+    "keys-of-others": ('{"dialog": ["a", "b"], "id": 7, "meta": {"x": [null]}}\n', dialogs_of(["a", "b"])),
+    "10-MB-turns": (json_lines({"dialog": ["x" * MEGABYTES, "b"]}), dialogs_of(["x" * MEGABYTES, "b"])),
+    "10-MB-parlai": (f"1 {'x' * MEGABYTES}\tb\n", dialogs_of(["x" * MEGABYTES, "b"])),
+    "10-MB-candidate": (utterance(candidates=["x" * MEGABYTES, "b"]), dialogs_of(["a", "b"])),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_datasets_that_are_strange_and_right(name, write):
+    content, expected = STRANGE[name]
+    for data in (content.encode(), gzip.compress(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode(), 1)):
+        (dialogs,) = read(write(data)).values()
+        found = [(turn.history, turn.candidates[-1]) for dialog in dialogs for turn in dialog.utterances]
+        assert str(found)[:999] == str(expected)[:999]
+        assert hash(str(found)) == hash(str(expected))  # no difference of 10 MB is to be printed
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (GOOD, "{0} holds 1 dialog; expected one to train on and one to validate on, or --valid_path"),
+        ("1\n2\n", "{0} holds 0 dialog; expected one to train on and one to validate on, or --valid_path"),
+        (json_lines({"dialog": ["a"]}, {"dialog": []}), f"the validation split of {{0}} holds no reply; {FORMATS}"),
+        ('{"train": [{"dialog": ["a", "b"]}], "valid": []}', f"the validation split of {{0}} holds no reply; {FORMATS}"),
+    ],
+    ids=["one-dialog", "no-dialog", "no-reply", "empty-validation"],
+)  # fmt: skip
+def test_datasets_that_hold_too_little(content, line, write, tmp_path, ended, make_model):
+    path, model = write(content), make_model(tmp_path / "model", "gpt2")
+    status, said = ended(train, "--model", model, "--dataset_path", path, "--dataset_cache", tmp_path / "cache.bin")
+    *_, last = said.splitlines()  # behind the progress bars
+    assert (status, last) == (2, f"error: {line.format(path)}")
+    assert not list(tmp_path.glob("cache_*.bin")) and not list(tmp_path.glob(".saving-*"))
+
+
+LANGUAGES = {
+    "emoji": ["🙂👍🏽", "👩‍👩‍👧‍👦🏳️‍🌈 nice"],
+    "chinese": ["你好吗", "我很好。谢谢你"],
+    "right-to-left": ["مرحبا بالعالم", "שלום, מה שלומך?"],
+    "combining": ["e\u0301a\u0308 n\u0303", "z̷̢̛a̶͝l̸̛g̵o̶"],
+    "direction": ["\u202eabc\u202c", "\u2066x\u2069 y"],
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("kind", ["learned", "openai-gpt", "gpt2"])
+def test_every_language_is_read_tokenised_and_kept(language, kind, write, tmp_path, tiny):
+    texts = LANGUAGES[language]
+    tokenizer = (
+        DialogTokenizer(learn_bpe(texts, 300)) if kind == "learned" else load_tokenizer(find_model(str(tiny(kind))))
+    )
+    path = write(json_lines(*[{"personality": texts, "dialog": texts}] * 2))
+    split = load_dataset(path, "", str(tmp_path / "cache.bin"), tokenizer, progress=False)["train"]
+    assert split.persona_texts(0) == texts
+    assert (split.history_texts(0), split.gold_text(0)) == (texts[:1], texts[1])
+    instance = Instances(split, tokenizer.ids, 2, 512)[0]
+    assert not {tokenizer.ids.eos, tokenizer.ids.speaker1} & set(instance.candidates[-1][:-1])
+    if kind != "openai-gpt":  # whose vocabulary is English letters
+        assert tokenizer.hf.decode(instance.candidates[-1][:-1], clean_up_tokenization_spaces=False) == texts[1]
+
+
+@pytest.mark.parametrize("sentences", [0, 1, 200])
+@pytest.mark.parametrize("num_candidates", [1, 2, 99])
+def test_personas_of_any_size_and_more_candidates_than_there_are(sentences, num_candidates, write, tmp_path):
+    persona = [f"fact {i}." for i in range(sentences)]
+    path = write(json_lines(*({"personality": persona, "dialog": ["hi", f"a{i}"]} for i in range(9))))
+    split = load_dataset(path, "", str(tmp_path / "cache.bin"), CountingTokenizer(), progress=False)["train"]
+    for limit in (16, 128, 4096):
+        instance = Instances(split, IDS, 2, limit, num_candidates, permutations=3)[2 * len(split)]
+        assert len(instance.candidates) == min(num_candidates, 8)  # one of nine dialogs is held out
+        assert len(instance.prefix) + max(map(len, instance.candidates)) <= limit
+        expected = sum(map(len, persona)) if limit == 4096 else None
+        assert expected in (None, sum(token < IDS.bos or token > 94 for token in instance.prefix) - len("hi"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Archives and bombs
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_bomb(path: Path, info: tarfile.TarInfo) -> Path:
+    """A .tar.gz of one member that is all zeros."""
+    info.size = 200 * 2**20
+    path.write_bytes(gzip.compress(info.tobuf()) + 200 * gzip.compress(bytes(2**20)))
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE], ids=["file", "header"])
+def test_an_archive_that_is_a_bomb_is_refused_and_leaves_nothing(kind, tmp_path, cache, ended):
+    path = write_bomb(tmp_path / "model.tar.gz", member("config.json", kind))
+    bound = 100 * (path.stat().st_size + 2**20) >> 20
+    status, said = ended(interact, "--personality", "hi", "--model", path)
+    line = f"{path} unpacks to more than {bound} MB, a hundred times its size; if that is right, unpack it yourself"
+    assert (status, said) == (2, f"error: {line}\n")
+    assert kept(cache) == []
+
+
+def test_a_dataset_that_is_a_bomb_is_refused(tmp_path):
+    path = write_bomb(tmp_path / "bomb", member(""))
+    with pytest.raises(UserError, match=f"^{path} unpacks to more than 1.. MB, a hundred times its size; "):
+        read_dataset(str(path))
+
+
+def test_a_sparse_member_is_refused(tmp_path, cache):
+    info = member("config.json", tarfile.GNUTYPE_SPARSE)
+    path = write_tar(tmp_path / "model.tar.gz", info)
+    with pytest.raises(UserError):
+        unpack(path)
+    assert kept(cache) == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Malice:
+    """Unpickled, it makes the folder `evil`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def config(**changes):
+    def change(folder: Path) -> None:
+        old = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(old | changes))
+
+    return change
+
+
+def weights(name: str, alter=None):
+    """Replace a tensor by what `alter` makes of it, or drop it."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        old = tensors.pop(name, torch.ones(2))
+        if alter:
+            tensors[name] = alter(old.clone()).contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def content(name: str, data: bytes):
+    """Weights in that file alone."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def saved(value) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def pop_nothing(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[-1] = float("nan")
+    return tensor
+
+
+REMOTE = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}
+ANEW = "; fetch the model again, or use an earlier checkpoint"
+PICKLE = "its pickle is damaged, or holds more than tensors, such as code to run; expected whole files of tensors"
+WRONG_MODELS = {
+    "remote-code": (config(model_type="evil", **REMOTE), "{0}/config.json names the model type 'evil', which transformers does not know and asks for code of its own (auto_map), which is never run; use another model, such as gpt2"),
+    "unknown": (config(model_type="evil"), "{0}/config.json names the model type 'evil', which transformers does not know; use another model, such as gpt2"),
+    "type-is-a-list": (config(model_type=[]), "{0}/config.json names the model type '[]', which transformers does not know; use another model, such as gpt2"),
+    "wrong-type": (config(n_layer="2"), "{0}/config.json: Validation error for field 'n_layer': TypeError: Field 'n_layer' expected int, got str (value: '2'); expected a configuration of transformers"),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 99999), "cannot read {0}/config.json: maximum recursion depth exceeded while decoding a JSON array from a unicode string; expected a model's configuration in JSON"),
+    "indivisible": (config(n_head=5), "cannot load the weights in {0}: `embed_dim` must be divisible by num_heads (got `embed_dim`: 32 and `num_heads`: 5).; expected whole files of tensors"),
+    "more-layers": (config(n_layer=3), "the weights in {0} lack 12 tensors, such as transformer.h.2.attn.c_attn.bias" + ANEW),
+    "missing": (weights("transformer.ln_f.bias"), "the weights in {0} lack 1 tensors, such as transformer.ln_f.bias" + ANEW),
+    "smaller-vocabulary": (config(vocab_size=100), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.wte.weight (320, 32) for (100, 32)" + ANEW),
+    "larger-vocabulary": (config(vocab_size=999), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.wte.weight (320, 32) for (999, 32)" + ANEW),
+    "other-shape": (weights("transformer.ln_f.bias", lambda old: old[:3]), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.ln_f.bias (3,) for (32,)" + ANEW),
+    "nan": (weights("transformer.wte.weight", pop_nothing), "the weights in {0} hold nan or infinity in 1 tensors, such as transformer.wte.weight" + ANEW),
+    "infinity": (weights("transformer.wpe.weight", lambda old: old / 0), "the weights in {0} hold nan or infinity in 1 tensors, such as transformer.wpe.weight" + ANEW),
+    "too-large": (weights("transformer.wte.weight", lambda old: old * 1e38), "the model's weights give numbers that are not finite; use an earlier checkpoint of it"),
+    "code": (content("pytorch_model.bin", saved({"x": Malice()})), "cannot load the weights in {0}: " + PICKLE),
+    "code-in-an-old-file": (content("pytorch_model.bin", pickle.dumps({"x": Malice()})), "cannot load the weights in {0}: " + PICKLE),
+    "no-tensors": (content("pytorch_model.bin", saved([1, 2])), "cannot load the weights in {0}: cannot convert dictionary update sequence element #0 to a sequence; expected whole files of tensors"),
+    "empty-bin": (content("pytorch_model.bin", b""), "cannot load the weights in {0}: EOFError; expected whole files of tensors"),
+    "empty": (content("model.safetensors", b""), "cannot load the weights in {0}: Error while deserializing header: header too small; expected whole files of tensors"),
+    "none": (lambda folder: (folder / "model.safetensors").unlink(), "{0} holds no weights; train it first: python train.py --model {0}"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def damaged(tiny, tmp_path, monkeypatch):
+    """`damaged(change)` is a copy of a small GPT-2's folder after `change`, in a working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def damaged(change) -> Path:
+        shutil.copytree(tiny("gpt2"), tmp_path / "model")
+        change(tmp_path / "model")
+        return tmp_path / "model"
+
+    return damaged
+
+
+@pytest.mark.parametrize("name", WRONG_MODELS)
+def test_models_that_cannot_be_used(name, damaged, ended, tmp_path):
+    change, line = WRONG_MODELS[name]
+    folder = damaged(change)
+    status, said = ended(interact, "--personality", "hi", "--model", folder)
+    assert (status, said) == (2, f"error: {line.format(folder)}\n")
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (weights("adapter.weight", lambda old: old), "{0} holds 1 tensors this model has no place for, such as adapter.weight"),
+        (config(n_layer=1), "{0} holds 11 tensors this model has no place for, such as transformer.h.1.attn.c_attn.weight"),
+        (config(**REMOTE), "{0}/config.json asks for code of its own (auto_map), which is never run; using the gpt2 of transformers"),
+    ],
+)  # fmt: skip
+def test_models_with_something_left_over(change, line, damaged, load, caplog, tmp_path):
+    folder = damaged(change)
+    (folder / "evil.py").write_text("import os; os.mkdir('evil')")
+    model, _ = load(folder)
+    assert caplog.messages == [f"warning: {line.format(folder)}"]
+    model.save(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not (tmp_path / "evil").exists()
+
+
+SCRATCH = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"vocab_size": "x"}, "{0}/config.json: vocab_size is 'x'; expected 5 to 1000000, as a vocabulary is learned"),
+        ({"vocab_size": -1}, "{0}/config.json: vocab_size is -1; expected 5 to 1000000, as a vocabulary is learned"),
+        ({"vocab_size": 10**9}, "{0}/config.json: vocab_size is 1000000000; expected 5 to 1000000, as a vocabulary is learned"),
+        ({"n_head": 3}, "{0}/config.json: `embed_dim` must be divisible by num_heads (got `embed_dim`: 16 and `num_heads`: 3).; expected sizes of which a model can be made"),
+        ({"n_positions": 10}, "the model in {0} takes 10 tokens at once; expected at least 16"),
+        ({"model_type": "t5"}, "a t5 model is not a causal language model; expected one, such as gpt2"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_configurations_of_which_no_model_can_be_made(changes, line, tmp_path, write, ended):
+    (tmp_path / "config.json").write_text(json.dumps(SCRATCH | changes))
+    path = write(json_lines(TURNS, TURNS))
+    status, said = ended(train, "--model", tmp_path, "--dataset_path", path, "--dataset_cache", tmp_path / "cache.bin")
+    assert (status, said.splitlines()[-1]) == (2, f"error: {line.format(tmp_path)}")
+
+
+def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "step-1.pt"
+    path.write_bytes(saved({"learner": Malice()}))
+    with pytest.raises(UserError) as caught:
+        train.newest_checkpoint(tmp_path)
+    assert str(caught.value) == f"no checkpoint in {tmp_path}/checkpoints can be read; start a new run"
+    reason = "its pickle is damaged, or holds more than tensors, such as code to run"
+    assert caplog.messages == [f"warning: {path} cannot be read ({reason}); trying the one before it"]
+    assert not (tmp_path / "evil").exists() and path.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# URLs
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Liar(Handler):
+    def do_GET(self):  # noqa: N802
+        answer = self.server.answer
+        if answer.startswith("to "):
+            self.send_response(302)
+            self.send_header("Location", answer[3:].format(self.server.url))
+            self.end_headers()
+        elif answer == "stall":
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.server.stalled.wait(10)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT) + int(answer)))
+            self.end_headers()
+            self.wfile.write(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("to file:///etc/passwd", "Request URL has an unsupported protocol 'file://'."),
+        ("to ftp://127.0.0.1/x", "Request URL has an unsupported protocol 'ftp://'."),
+        ("to gopher://127.0.0.1/x", "Request URL has an unsupported protocol 'gopher://'."),
+        (
+            "to data:text/plain,x",
+            "Invalid URL in location header: For absolute URLs, path must be empty or begin with '/'.",
+        ),
+        ("to {}", "Exceeded maximum allowed redirects."),
+        ("stall", "timed out"),
+        ("10", "the connection breaks off each time"),
+    ],
+)
+def test_urls_that_lead_astray(answer, reason, server, cache, monkeypatch, ended):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+    server.RequestHandlerClass, server.stalled, server.answer = Liar, threading.Event(), answer
+    server.handle_error = lambda *_: None  # that its client has gone
+    try:
+        status, said = ended(convai_evaluation, "--model", server.url)
+    finally:
+        server.stalled.set()
+    lines = [line for line in said.splitlines() if not line.startswith("data.json:")]  # the progress bar
+    assert (status, lines) == (2, [f"error: cannot fetch {server.url}: {reason}; pass --model a local folder or file"])
+    assert all(name.endswith(".incomplete") for name in kept(cache))
+
+
+def test_names_in_urls_that_no_file_can_have(server, cache):
+    assert download(f"{server.url}/{'x' * 300}", "").read_bytes() == CONTENT
+    with pytest.raises(UserError, match="^cannot fetch http://127.0.0.1.*; pass another$"):
+        download("http://127.0.0.1:1/\udcff", "pass another")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Disks
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Destroyer(CountingTokenizer):
+    """Removes the cache's folder while it tokenises."""
+
+    def encode(self, texts):
+        shutil.rmtree(self.name)
+        return super().encode(texts)
+
+
+@pytest.mark.parametrize(
+    ("folder", "largest", "tokenizer", "line"),
+    [
+        ("file", None, None, "cannot create the folder {0}: File exists; choose one you can write to"),
+        ("/proc/nothing", None, None, "cannot create the folder {0}: No such file or directory; choose one you can write to"),
+        ("/sys", None, None, "cannot write beside {0}/cache_{1}.bin: Permission denied; choose a folder you can write to"),
+        ("full", 100, None, "cannot write to {0}: Error while serializing: I/O error: File too large (os error 27); free some space or choose another"),
+        ("gone", None, Destroyer, "cannot write to {0}: [Errno 2] No such file or directory: '{0}/{2}'; free some space or choose another"),
+    ],
+)  # fmt: skip
+def test_a_dataset_cache_that_cannot_be_written(folder, largest, tokenizer, line, write, tmp_path):
+    path, folder = write(json_lines(TURNS, TURNS)), tmp_path / folder
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught, full_disk(largest) if largest else contextlib.nullcontext():
+        load_dataset(path, "", f"{folder}/cache.bin", (tokenizer or CountingTokenizer)(str(folder)), progress=False)
+    said = str(caught.value)
+    key, temporary = said.partition("cache_")[2][:12], said.partition("/.saving-")[2][:8]
+    assert said == line.format(folder, key, f".saving-{temporary}")
+    assert (
+        not folder.is_relative_to(tmp_path) or not folder.is_dir() or {f.suffix for f in folder.iterdir()} <= {".lock"}
+    )
+    assert len(read(path)["all"]) == 2
+
+
+def test_a_download_onto_a_full_disk_is_continued_later(server, cache):
+    with full_disk(10000), pytest.raises(UserError) as caught:
+        download(server.url, "free some space")
+    assert str(caught.value) == f"cannot fetch {server.url}: [Errno 27] File too large; free some space"
+    assert download(server.url, "").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=10000-"]
+
+
+def test_a_download_cache_that_is_removed_midway(server, cache, monkeypatch):
+    whole = Handler.do_GET
+
+    def removing(self):
+        shutil.rmtree(cache)
+        whole(self)
+
+    monkeypatch.setattr(Handler, "do_GET", removing)
+    with pytest.raises(UserError) as caught:
+        download(server.url, "try again")
+    assert str(caught.value).startswith(f"cannot fetch {server.url}: [Errno 2] No such file or directory: '{cache}/")
+    monkeypatch.setattr(Handler, "do_GET", whole)
+    assert download(server.url, "").read_bytes() == CONTENT
+
+
+def test_unpacking_onto_a_full_disk_leaves_nothing(tmp_path, cache):
+    path = write_tar(tmp_path / "model.tar.gz", "config.json")
+    with full_disk(1), pytest.raises(UserError) as caught:
+        unpack(path)
+    line = f"{path} cannot be unpacked: [Errno 27] File too large; expected a .tar.gz, whole, and room for it"
+    assert str(caught.value) == line
+    assert kept(cache) == []
+    assert (unpack(path) / "config.json").exists()
+
+
+def test_a_transcript_on_a_full_disk_keeps_its_whole_lines(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(GOOD)
+    transcript = interact.Transcript(str(path))
+    chat = SimpleNamespace(persona=[], said=["hi", "hello " * 99])
+    with full_disk(len(GOOD) + 50), pytest.raises(UserError) as caught:
+        transcript.add(chat)
+    assert str(caught.value) == f"cannot write --transcript {path}: File too large; choose a file you can"
+    assert path.read_text() == GOOD
+    transcript.add(chat)
+    assert read(str(path))["all"][0] == DIALOG and len(read(str(path))["all"]) == 2
+
+
+def test_saving_a_chat_on_a_full_disk_keeps_what_was_saved(tmp_path, dialog_model, load, capsys):
+    model, tokenizer = load(dialog_model("gpt2"))
+    chat = Conversation(model, tokenizer, ["i like cats."], Decoding(), 2, 0)
+    terminal, path = interact.Terminal(chat, None, ""), tmp_path / "chat.json"
+    chat.resume(["hi", "hello"])
+    terminal.do_save(str(path))
+    before = path.read_text()
+    chat.resume(["hi", "hello", "x" * 9999, "bye"])
+    with full_disk(len(before)), pytest.raises(UserError) as caught:
+        terminal.do_save(str(path))
+    line = f"cannot write to {tmp_path}: [Errno 27] File too large; free some space or choose another"
+    assert str(caught.value) == line
+    assert path.read_text() == before and [file.name for file in tmp_path.glob("*chat*")] == ["chat.json"]
