@@ -290,41 +290,41 @@ def workplace(tmp_path_factory, tiny, dialog_model):
         archive.add(dialog_model("openai-gpt"), ".")
     write_gguf(top / "tiny.gguf", tiny("llama"))
 
-    short = tempfile.mkdtemp()  # a socket's path must be
-    address = f"{short}/socket"
-    write_clients(top / "bin", address)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Far, directory=str(far))) as server:
+    environment = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "TMPDIR")} | {
+        "PATH": str(top / "bin"),
+        "PYTHON_EXEC": str(top / "bin" / "python"),  # what torch's launcher starts
+        "HF_HOME": str(top / "hub"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TINY_GGUF": str(top / "tiny.gguf"),
+    }
+    with (
+        tempfile.TemporaryDirectory() as short,  # a socket's path must be
+        ThreadingHTTPServer(("127.0.0.1", 0), partial(Far, directory=str(far))) as server,
+        open(top / "stand_ins.txt", "w") as log,
+    ):
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        environment = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "TMPDIR")} | {
-            "PATH": str(top / "bin"),
-            "PYTHON_EXEC": str(top / "bin" / "python"),  # what torch's launcher starts
-            "XDG_CACHE_HOME": str(top / "cache"),
-            "HF_HOME": str(top / "hub"),
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TINY_GGUF": str(top / "tiny.gguf"),
-        }
-        at_home = {name: value for name, value in environment.items() if name != "XDG_CACHE_HOME"}
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        address = f"{short}/socket"
+        write_clients(top / "bin", address)
         command = [sys.executable, Path(__file__).with_name("stand_ins.py"), address]
-        with (
-            open(top / "stand_ins.txt", "w") as log,
-            subprocess.Popen(command, cwd=folder, env=at_home, stderr=log) as process,
-        ):
+        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=log)
+        try:
             while not os.path.exists(address):
                 assert process.poll() is None, (top / "stand_ins.txt").read_text()
                 time.sleep(0.05)
-            place = Workplace(folder, environment)
+            place = Workplace(folder, environment | {"XDG_CACHE_HOME": str(top / "cache")})
             done = place.run("python train.py --model data/tiny-gpt --dataset_path data/sample.json --lr 1e-3")
             assert done.returncode == 0, done.stderr
             shutil.copytree(folder / "runs", top / "runs", symlinks=True)
             yield place
+        finally:
             process.kill()
-        server.shutdown()
-    shutil.rmtree(short)
+            process.wait()
+            server.shutdown()
 
 
 @pytest.fixture
