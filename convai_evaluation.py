@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -297,6 +296,9 @@ def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
 def ranking_figures(results: Results, split: Split) -> tuple[dict[str, float], list[int]]:
     ranks = []
     for utterance, scores in enumerate(results.scores):
+        same: dict[tuple, int] = {}  # the scores of equal tokens differ by rounding alone, which is coarse in bf16
+        for n, candidate in enumerate(split.strings("candidates", utterance)):
+            scores[n] = scores[same.setdefault(tuple(split.ids(candidate)), n)]
         texts = split.candidate_texts(utterance)
         ranks.append(gold_rank(scores[: len(texts)], texts))
     return {f"hits@{k}": float(np.mean(np.array(ranks) < k)) for k in (1, 5, 10)}, ranks
@@ -465,18 +467,21 @@ def main() -> None:
     args = parse_args()
     device = join_processes(args)
     started = time.monotonic()
+    from ignite.distributed import one_rank_first
+
     training = None if args.valid_path and not args.dataset_path else args.dataset_path  # None: nothing is needed
-    with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+    with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_finetuned_model(args.model)
         tokenizer = load_tokenizer(files, args.pre_tokenizer)
         splits = load_dataset(
             training, args.valid_path, args.dataset_cache, tokenizer, progress=rank_and_size()[0] == 0
         )
-        from model import load_model  # heavy: after all that can be told to be wrong at once
+        from model import load_model, pack_weights  # heavy: after all that can be told to be wrong at once
 
         model = load_model(files, tokenizer, device)
     if args.bf16:
         model.bfloat16()
+    pack_weights(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
     figures, results, ranks, replies = evaluate(model, splits, tokenizer, args)

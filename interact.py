@@ -400,10 +400,16 @@ def main() -> None:
     files = find_finetuned_model(args.model)
     tokenizer = load_tokenizer(files, args.pre_tokenizer)
 
-    from model import Conversation, Decoding, load_model  # heavy: after all that can be told to be wrong at once
+    from model import (
+        Conversation,
+        Decoding,
+        load_model,
+        pack_weights,
+    )  # heavy: after all that can be told to be wrong at once
 
     decoding = Decoding.from_args(args)
     model = load_model(files, tokenizer, device)
+    pack_weights(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs, so expect nonsense; train it with train.py")
     if args.web:

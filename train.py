@@ -268,7 +268,7 @@ class Learner:
         # squared gradients are often 0 in fp16 and such an epsilon makes endless steps: seen NaN from step 2 with 1e-8
         # and 1e-6, a rising loss with 1e-5, and the lowest losses with 1e-4.
         epsilon = 1e-4 if args.fp16 == "O3" else 1e-6
-        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, eps=epsilon, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, eps=epsilon, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.fp16 in ("O1", "O2"))
         if args.gradient_checkpointing:
             model.checkpoint_gradients()

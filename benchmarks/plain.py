@@ -9,7 +9,7 @@ from transformers import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
 
 from convai_evaluation import WordModel
 from model import Decoding, DialogModel, OpenAIGPTLMHeadModel, draw, filtered_probabilities, with_choice_head
-from utils import DialogTokenizer, Instance, Instances
+from utils import DialogTokenizer, Instance, Instances, SpecialIds
 
 FULL = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # the openai-gpt shape
 QUICK = {"n_layer": 2, "n_embd": 128, "n_head": 4}
@@ -34,14 +34,37 @@ def double_heads(model: DialogModel) -> OpenAIGPTDoubleHeadsModel:
     return plain.to(model.device).eval()
 
 
-def scores(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, width: int, speaker: int, pad: int) -> torch.Tensor:
+def padded_rows(instance: Instance, width: int, ids: SpecialIds) -> list[list[list[int]]]:
+    """Tokens, token types and LM labels (3, N, width) of an utterance's candidates; only the gold one has labels."""
+    rows = []
+    for candidate in instance.candidates:
+        tokens, types = instance.prefix + candidate, instance.token_types + [ids.speaker1] * len(candidate)
+        gold = candidate if candidate is instance.candidates[-1] else [-100] * len(candidate)
+        labels, room = [-100] * len(instance.prefix) + gold, width - len(tokens)
+        rows.append([tokens + [ids.pad] * room, types + [ids.pad] * room, labels + [-100] * room])
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def ends(instance: Instance) -> list[int]:
+    """Where each candidate's <eos> stands in its row."""
+    return [len(instance.prefix) + len(candidate) - 1 for candidate in instance.candidates]
+
+
+def scores(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, width: int, ids: SpecialIds) -> torch.Tensor:
     """Multiple-choice scores (N,) of an utterance's candidates, each in a row of `width` tokens."""
-    rows = [instance.prefix + candidate for candidate in instance.candidates]
-    types = [instance.token_types + [speaker] * len(candidate) for candidate in instance.candidates]
-    padded = [[row + [pad] * (width - len(row)) for row in column] for column in (rows, types)]
-    tokens, token_types = torch.tensor(padded, device=plain.device)
-    ends = torch.tensor([len(row) - 1 for row in rows], device=plain.device)
-    return plain(tokens[None], token_type_ids=token_types[None], mc_token_ids=ends[None]).mc_logits[0]
+    tokens, types, _ = torch.tensor(padded_rows(instance, width, ids), device=plain.device)
+    positions = torch.tensor(ends(instance), device=plain.device)
+    return plain(tokens[None], token_type_ids=types[None], mc_token_ids=positions[None]).mc_logits[0]
+
+
+def loss(plain: OpenAIGPTDoubleHeadsModel, instances: list[Instance], width: int, ids: SpecialIds) -> torch.Tensor:
+    """The sum of both losses of a batch whose utterances have equally many candidates."""
+    rows = torch.tensor([padded_rows(instance, width, ids) for instance in instances], device=plain.device)
+    tokens, types, labels = (column.contiguous() for column in rows.unbind(1))  # (B, N, width) each
+    positions = torch.tensor([ends(instance) for instance in instances], device=plain.device)
+    gold = torch.tensor([len(instance.candidates) - 1 for instance in instances], device=plain.device)
+    output = plain(tokens, token_type_ids=types, mc_token_ids=positions, labels=labels, mc_labels=gold)
+    return output.loss + output.mc_loss
 
 
 def next_logits(plain: OpenAIGPTDoubleHeadsModel, tokens: list[int], types: list[int]) -> torch.Tensor:

@@ -25,6 +25,7 @@ from convai_evaluation import (
     main,
     normalize,
     parse_args,
+    ranking_figures,
     reply_figures,
     split_words,
 )
@@ -495,6 +496,13 @@ def test_a_tie_in_a_model_counts_against(dialog_model, run) -> None:
     assert tokenizer.encode(["the snow ☂"]) == tokenizer.encode(["the snow ☃"])  # else there is no tie
     assert 0 not in sum(ranks.values(), [])
     assert all(found == ranks[1] for found in ranks.values())
+
+
+def test_a_tie_is_one_in_coarse_arithmetic_too(dialog_model, run) -> None:
+    utterances = [([turn], ["the snow ☂", "no .", "the snow ☃"]) for turn in ("hi", "hello")]
+    found = run(dialog_model("openai-gpt"), {"train": [], "valid": [dialog([], *utterances)]})
+    found.results.scores[:] = [[2.0, 1.0, 2.0078125], [1.0, 2.0, 0.9921875]]  # bf16 rounds to such steps
+    assert ranking_figures(found.results, found.split)[1] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------

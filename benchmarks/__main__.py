@@ -1,0 +1,32 @@
+"""The plain way and ours, in one run on the same data. The table is printed, and for the full shape written to
+benchmarks/RESULTS.md.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import evaluation, generation, training, waiting
+from benchmarks.common import Bench, machine, parse_options, table
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+KEPT = "\n## What was tried"  # what people wrote stays, from here on
+
+
+def main() -> None:
+    bench, started, rows = Bench(parse_options(__doc__)), time.monotonic(), []
+    about = machine(bench)
+    print(about, flush=True)
+    for subject in (evaluation, generation, training, waiting):
+        print(f"{subject.__name__} ...", file=sys.stderr, flush=True)
+        rows += subject.measure(bench)
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    found = f"{table(rows)}\n\nTaken in {time.monotonic() - started:.0f} s: `{command}`\n"
+    print(found)
+    if not bench.options.quick:
+        notes = RESULTS.read_text(encoding="utf-8").partition(KEPT)[2] if RESULTS.exists() else "\n"
+        RESULTS.write_text(f"# Results\n\n{about}\n\n{found}{KEPT}{notes}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
