@@ -279,9 +279,13 @@ def context_length(config) -> int:
 
 
 def same_numbers(found: Tensor, expected: Tensor) -> bool:
-    """Whether two ways of computing in the same arithmetic agree."""
-    rough = 1e-4 if expected.dtype == torch.float32 else 2e-2
-    return torch.allclose(found, expected, rtol=10 * rough, atol=rough * float(expected.abs().max()))
+    """Whether two ways of computing the same vectors (..., D) differ by rounding alone.
+
+    Rounding in fp32 was seen to come to 3e-4 of a vector's length (SmolLM2, whose hidden states have outliers), rows
+    that may not be packed to 0.17 (MPT).
+    """
+    most = 1e-2 if expected.dtype == torch.float32 else 1e-1
+    return bool(((found - expected).norm(dim=-1) <= most * expected.norm(dim=-1)).all())
 
 
 # ------------------------------------------------------------------------------------------------------------
