@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from model import Conversation, Decoding, PrefixCache
-from utils import Message, Record, UserError, check_message, dialog_of, first_line, load_personas, log
+from utils import NO_JSON, Message, Record, UserError, check_message, dialog_of, first_line, load_personas, log
 
 MAX_BODY = 1_000_000  # bytes of a request
 MAX_PERSONA = 50  # sentences
@@ -161,7 +161,7 @@ class ChatRequest(msgspec.Struct):
 
 
 def api_error(status: int, message: str) -> JSONResponse:
-    kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
 
@@ -174,7 +174,7 @@ async def read_request(request: Request) -> ChatRequest:
             raise UserError(f"the request is larger than {MAX_BODY} bytes; send fewer messages")
     try:
         return msgspec.json.decode(body, type=ChatRequest)
-    except ValueError as error:
+    except NO_JSON as error:
         raise UserError(f"not a chat completion request: {first_line(error)}") from error
 
 
@@ -398,7 +398,7 @@ def page(server: Server, folder: Path) -> gr.Blocks:
     def transcript(request: gr.Request) -> str | None:
         """The conversation as a file of training data."""
         path = folder / f"chat-{request.session_hash}.jsonl"
-        path.write_text(json.dumps(session(request).chat.record(), ensure_ascii=False) + "\n", errors="replace")
+        path.write_text(json.dumps(session(request).chat.record(), ensure_ascii=False) + "\n", "utf-8", "replace")
         return str(path)
 
     async def answer(request: gr.Request, text: str, again: bool, persona: str, options: tuple):

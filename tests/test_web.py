@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,6 +146,12 @@ def test_wrong_requests_are_answered_with_what_is_wrong(client, messages, option
 
     with pytest.raises(openai.BadRequestError, match=said):
         complete(client, messages, **options)
+
+
+def test_a_request_that_is_nested_too_deep(address: str) -> None:
+    body = b'{"messages": [], "x": ' + b"[" * 100_000
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(address + "/v1/chat/completions", body, timeout=60)
 
 
 def test_simultaneous_conversations_are_not_mixed(client) -> None:
