@@ -32,6 +32,7 @@ from utils import (
     Batch,
     Instance,
     Instances,
+    ModelFiles,
     Parser,
     SpecialIds,
     UserError,
@@ -672,7 +673,7 @@ def main() -> None:
     folder = run_to_go_on_with(args, launchers)
     state = newest_checkpoint(folder) if folder else None
     with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
-        files = find_model(str(folder) if state else args.model)
+        files = ModelFiles(folder) if state else find_model(args.model)
         texts = partial(training_texts, args.dataset_path, args.valid_path)
         tokenizer = load_tokenizer(files, args.pre_tokenizer, texts)
         splits = load_dataset(args.dataset_path, args.valid_path, args.dataset_cache, tokenizer, progress=rank == 0)

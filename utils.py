@@ -303,9 +303,7 @@ def all_sum(*values: float, device: torch.device) -> list[float]:
 
 def cache_folder() -> Path:
     """Where downloads are kept: `$XDG_CACHE_HOME/improvedflend`, by default `~/.cache/improvedflend`."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "improvedflend"
-    make_folder(folder)
-    return folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "improvedflend"
 
 
 def make_folder(folder: Path) -> None:
@@ -388,7 +386,7 @@ def download(url: str, instead: str) -> Path:
     Raises:
         UserError: it cannot be fetched; `instead` tells the user what to pass in its place.
     """
-    last = Path(re.split("[?#]", url)[0]).name[-100:]  # file systems take names of 255 bytes
+    last = Path(re.split("[?#]", url)[0]).name[-50:]  # file systems take names of 255 bytes, four to a character
     name = f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:16]}-{last or 'file'}"
     path = cache_folder() / name
     if path.exists():
@@ -417,6 +415,13 @@ def download(url: str, instead: str) -> Path:
     return path
 
 
+def forget(path: Path) -> None:
+    """Remove a file that is not what it should be, where it was downloaded: the next attempt fetches it anew."""
+    if path.parent == cache_folder():
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 class Unzipped(gzip.GzipFile):
     """A gzip file, read in pieces until it proves a bomb: text and weights pack to a tenth, a bomb to a thousandth."""
 
@@ -435,34 +440,41 @@ class Unzipped(gzip.GzipFile):
         return data
 
 
-def unpack(archive: Path) -> Path:
-    """Unpack a model's .tar.gz beside the cache's other files, once, and return the folder with its config.json.
+def extract(archive: Path, folder: str) -> None:
+    """Write the files of a .tar.gz to `folder`. Links, devices and paths that lead outside are refused."""
+    with Unzipped(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
+        for member in tar:
+            if not (member.isfile() or member.isdir()) or member.issparse():
+                raise UserError(f"{archive}: '{member.name}' is a link or a device; expected plain files")
+            if member.name.startswith("/"):
+                raise UserError(f"{archive}: '{member.name}' leads outside; expected relative paths")
+            tar.extract(member, folder, filter="data")
+        while unzipped.read(2**20):  # behind the last file comes the checksum of all
+            pass
 
-    Links, devices and paths that lead outside are refused.
-    """
+
+def unpack(archive: Path) -> Path:
+    """Unpack a model's .tar.gz beside the cache's other files, once, and return the folder with its config.json."""
     stat = archive.stat()
     key = hashlib.sha256(f"{archive.resolve()}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / f"{key}-{archive.name.split('.tar')[0]}"
     with lock(folder):
         if not folder.exists():
-            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
             try:
-                with Unzipped(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
-                    for member in tar:
-                        if not (member.isfile() or member.isdir()) or member.issparse():
-                            raise UserError(f"{archive}: '{member.name}' is a link or a device; expected plain files")
-                        if member.name.startswith("/"):
-                            raise UserError(f"{archive}: '{member.name}' leads outside; expected relative paths")
-                        tar.extract(member, partial, filter="data")
-                os.replace(partial, folder)
-            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as partial:
+                    extract(archive, partial)
+                    os.replace(partial, folder)
+            except (UserError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                if not isinstance(error, OSError) or isinstance(error, gzip.BadGzipFile):  # not for want of room
+                    forget(archive)
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(
                     f"{archive} cannot be unpacked: {first_line(error)}; expected a .tar.gz, whole, and room for it"
                 ) from error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
     if not configs:
+        forget(archive)
         raise UserError(f"{archive} holds no config.json; expected an archive of a model folder")
     return configs[0].parent
 
@@ -540,14 +552,14 @@ def split_sentences(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n|(?<=[.!?])\s", text) if part.strip()]
 
 
-def json_dialogs(raws: Iterable[msgspec.Raw | bytes], where: Callable[[int], str]) -> Iterator[Dialog]:
-    """Decode records one at a time, so that a large file never stands in memory as Python objects."""
+def json_dialogs(records: Iterable[tuple[int, msgspec.Raw | bytes]], where: Callable[[int], str]) -> Iterator[Dialog]:
+    """Decode numbered records one at a time, so that a large file never stands in memory as Python objects."""
     decode = msgspec.json.Decoder(Record).decode
-    for i, raw in enumerate(raws):
+    for number, raw in records:
         try:
             yield dialog_of(decode(raw))
         except NO_JSON as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors too
-            raise UserError(f"{where(i)}: {first_line(error)}; {FORMATS}") from error
+            raise UserError(f"{where(number)}: {first_line(error)}; {FORMATS}") from error
 
 
 def parlai_dialogs(path: str, lines: Iterable[bytes]) -> Iterator[Dialog]:
@@ -625,18 +637,12 @@ def read_dataset(name: str) -> dict[str, Iterator[Dialog]]:
     if first.isdigit():
         return {"all": parlai_dialogs(str(path), iter_lines(data, offset))}
     if first not in (b"{", b"["):
+        forget(path)  # maybe a page of the network that asks to log in
         raise UserError(f"{path}: begins with {start.lstrip()[:20]!r}; {FORMATS}")
     first_record = next(line for line in iter_lines(data, offset) if line.strip())
     if first == b"{" and is_record(first_record):
         lines = ((count, line) for count, line in enumerate(iter_lines(data, offset), 1) if line.strip())
-        numbers: list[int] = []
-
-        def counted() -> Iterator[bytes]:
-            for count, line in lines:
-                numbers.append(count)
-                yield line
-
-        return {"all": json_dialogs(counted(), lambda i: f"{path}, line {numbers[i]}")}
+        return {"all": json_dialogs(lines, lambda count: f"{path}, line {count}")}
     try:
         view = memoryview(data)[offset:]
         if first == b"[":
@@ -649,7 +655,9 @@ def read_dataset(name: str) -> dict[str, Iterator[Dialog]]:
         keys = textwrap.shorten(", ".join(splits), 100, placeholder=" ...") or "(none)"
         raise UserError(f"{path}: has the keys {keys}, expected train and valid; {FORMATS}")
     return {
-        split: json_dialogs(raws, lambda i, split=split: f"{path}, {'$' if split == 'all' else '$.' + split}[{i}]")
+        split: json_dialogs(
+            enumerate(raws), lambda i, split=split: f"{path}, {'$' if split == 'all' else '$.' + split}[{i}]"
+        )
         for split, raws in splits.items()
         if split in ("all", "train", "valid")
     }
@@ -731,7 +739,13 @@ def find_model(name: str) -> ModelFiles:
     if os.path.isdir(path):  # pathlib's raises for names that are too long
         if not os.path.exists(path / "config.json"):
             raise UserError(f"{path} holds no config.json; expected a model folder, such as one that train.py wrote")
-        return ModelFiles(path)
+        files = ModelFiles(path)
+        if not files.has_weights and os.path.exists(path / "training_args.json"):
+            raise UserError(
+                f"{path} holds no weights, as before a run's first evaluation; "
+                f"go on with it: python train.py --resume {path}"
+            )
+        return files
     if os.path.isfile(path):
         try:
             with open(path, "rb") as file:
@@ -742,6 +756,9 @@ def find_model(name: str) -> ModelFiles:
             return ModelFiles(path.parent, gguf=path.name)
         if magic[:2] == b"\x1f\x8b":
             return ModelFiles(unpack(path))
+        if path.name == "latest":  # a text file, where links are not possible
+            return find_model(str(find_run(name)))
+        forget(path)
         raise UserError(f"{path} is neither a .gguf nor a .tar.gz file; expected one of these or a model folder")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(("/", ".gguf", ".gz")) or "\\" in name:
         raise UserError(f"no such model: {name}; expected a folder, a .tar.gz or .gguf file, a URL or a hub id")

@@ -275,8 +275,9 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(kind, tmp_path, cache):
         (lambda data: data[:60] + bytes(40) + data[100:], "cannot be unpacked"),
         (lambda data: b"\x1f\x8bnothing", "cannot be unpacked"),
         (lambda data: b"not an archive", "cannot be unpacked"),
+        (lambda data: data[:-8] + b"checksum", "cannot be unpacked"),
     ],
-    ids=["cut", "overwritten", "no-gzip", "text"],
+    ids=["cut", "overwritten", "no-gzip", "text", "checksum"],
 )
 def test_a_damaged_archive_is_named_and_leaves_nothing(damage, message, tmp_path, cache):
     path = write_tar(tmp_path / "model.tar.gz", *(f"file{i}" for i in range(50)), "config.json")
@@ -292,9 +293,72 @@ def test_an_archive_without_a_model_is_named(tmp_path, cache):
         unpack(path)
 
 
+def whole(path: Path) -> bytes:
+    return write_tar(path, "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda path: whole(path)[:-9], "cannot be unpacked"),
+        (lambda path: b"\x1f\x8bnothing", "cannot be unpacked"),
+        (lambda path: b"<html>please log in</html>", "neither a .gguf nor a .tar.gz"),
+        (lambda path: write_tar(path, "README").read_bytes(), "holds no config.json"),
+        (lambda path: write_tar(path, member("evil", tarfile.FIFOTYPE)).read_bytes(), "is a link or a device"),
+    ],
+    ids=["cut", "no-archive", "page", "no-model", "hostile"],
+)
+def test_a_download_that_is_no_model_is_fetched_anew(wrong, message, tmp_path, server, cache):
+    server.content = wrong(tmp_path / "archive")
+    with pytest.raises(UserError, match=message):
+        find_model(server.url)
+    server.content = whole(tmp_path / "archive")
+    assert (find_model(server.url).folder / "config.json").exists()
+
+
+def test_a_download_that_there_is_no_room_to_unpack_is_kept(tmp_path, server, cache, monkeypatch):
+    server.content = whole(tmp_path / "archive")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+
+        def no_room(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(tarfile.TarFile, "extract", no_room)
+        find_model(server.url)
+    assert (find_model(server.url).folder / "config.json").exists()
+    assert server.ranges == [None]
+
+
+def test_a_download_that_is_no_dataset_is_fetched_anew(server, cache):
+    server.content = b"<html>please log in</html>"
+    with pytest.raises(UserError, match="begins with b'<html>please log in<'"):
+        read_dataset(server.url)
+    server.content = b'[{"dialog": ["hi", "hello"]}]'
+    assert len(list(read_dataset(server.url)["all"])) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_latest_run_where_links_are_not_possible(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "training_args.json", "model.safetensors"):
+        (run / name).write_text("{}")
+    (tmp_path / "latest").write_text("run\n")
+    assert find_model(str(tmp_path / "latest")) == ModelFiles(run)
+    (tmp_path / "latest").write_text("gone")
+    with pytest.raises(UserError, match=f"{tmp_path}/gone holds no training_args.json; expected a run folder"):
+        find_model(str(tmp_path / "latest"))
+
+
+def test_a_run_that_ended_before_its_first_evaluation_is_to_be_resumed(tmp_path):
+    for name in ("config.json", "training_args.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"holds no weights, .*: python train.py --resume {tmp_path}$"):
+        find_model(str(tmp_path))
 
 
 def test_models_by_folder_file_and_url(tmp_path, server, cache):
