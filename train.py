@@ -535,7 +535,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def restore(state: dict, learner: Learner, progress: Progress, size: int, args: argparse.Namespace) -> None:
-    """Put a run where a checkpoint left it, on as many processes or another number."""
+    """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
     if state["size"] != size:
         raise UserError(
             f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
@@ -547,8 +547,8 @@ def restore(state: dict, learner: Learner, progress: Progress, size: int, args: 
     if progress.epoch > args.n_epochs > 0:
         raise UserError(f"--n_epochs {args.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more")
     rank, world_size = rank_and_size()
-    if len(state["generators"]) == world_size:
-        states = state["generators"][rank]
+    states = state["generators"][rank] if len(state["generators"]) == world_size else {}
+    if learner.device.type in states:
         torch.set_rng_state(states["cpu"])
         if learner.device.type != "cpu":
             torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,17 @@ def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
     assert loaded.data.eval_results[0].dataset_name == "PersonaChat" and "do n't" in loaded.text
     assert "```bash\npython train.py\n```" in loaded.text
     assert "nan" not in "".join(table) and table[1].startswith("| **1** |")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
+    learner = SimpleNamespace(device=torch.device(device), load_state_dict=lambda state: None)
+    before = torch.get_rng_state()
+    state = {"size": 3, "progress": {"step": 7}, "generators": [{"cpu": before}], "learner": {}}
+    torch.manual_seed(123)
+    train.restore(state, learner, progress := train.Progress(), 3, SimpleNamespace(n_epochs=3, seed=0))
+    assert progress.step == 7
+    assert torch.equal(torch.get_rng_state(), before) == (device == "cpu")  # another generator begins anew
 
 
 @pytest.mark.parametrize(
