@@ -202,9 +202,10 @@ class Transcript:
                 yield file
         except OSError as error:
             if end is not None:
-                os.truncate(self.path, end)
+                with contextlib.suppress(OSError):  # what cannot be written may not be cut either
+                    os.truncate(self.path, end)
             raise UserError(
-                f"cannot write --transcript {self.path}: {error.strerror}; choose a file you can"
+                f"cannot write --transcript {self.path}: {error.strerror or error}; choose a file you can"
             ) from error
 
     def add(self, chat) -> None:
@@ -360,7 +361,7 @@ class Terminal:
 
     def do_save(self, name: str) -> None:
         path = typed_path(name)
-        if not name or (path.exists() and path not in self.saved):
+        if not name or (os.path.exists(path) and path not in self.saved):  # pathlib's raises for a name too long
             raise UserError(f"{name} exists; choose another name" if name else "expected /save FILE")
         text = json.dumps(self.chat.record(), ensure_ascii=False) + "\n"
         with whole_files(path.parent) as partial:  # what an earlier /save wrote stands until this is written
@@ -400,12 +401,8 @@ def main() -> None:
     files = find_finetuned_model(args.model)
     tokenizer = load_tokenizer(files, args.pre_tokenizer)
 
-    from model import (
-        Conversation,
-        Decoding,
-        load_model,
-        pack_weights,
-    )  # heavy: after all that can be told to be wrong at once
+    # Heavy: after all that can be told to be wrong at once.
+    from model import Conversation, Decoding, load_model, pack_weights
 
     decoding = Decoding.from_args(args)
     model = load_model(files, tokenizer, device)

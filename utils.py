@@ -57,14 +57,17 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` ends it with one line and status 2, Ctrl-C with status 130."""
+    """Run a script's `main`; a `UserError` or a full GPU ends it with one line and status 2, Ctrl-C with 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, of files that it then refuses
     try:
         main()
-    except UserError as error:
-        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
+    except (UserError, torch.cuda.OutOfMemoryError) as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            message = f"{first_line(error)}; try smaller batches, or another --device (see the README)"
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

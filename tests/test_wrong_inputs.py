@@ -676,6 +676,36 @@ def test_a_transcript_on_a_full_disk_keeps_its_whole_lines(tmp_path):
     assert read(str(path))["all"][0] == DIALOG and len(read(str(path))["all"]) == 2
 
 
+def test_a_transcript_that_cannot_be_cut_back(tmp_path, monkeypatch):
+    path = tmp_path / "chats.jsonl"
+    transcript = interact.Transcript(str(path))
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "truncate", fails)
+    with full_disk(10), pytest.raises(UserError, match=f"cannot write --transcript {path}: File too large"):
+        transcript.add(SimpleNamespace(persona=[], said=["hi", "hello"]))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: File or stream is not seekable.; choose a file you can"):
+        interact.Transcript(str(tmp_path / "pipe"))
+
+
+def test_a_name_too_long_to_save_a_chat_in(tmp_path, dialog_model, load):
+    terminal = interact.Terminal(Conversation(*load(dialog_model("gpt2")), [], Decoding(), 2, 0), None, "")
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: .*File name too long"):
+        terminal.do_save(str(tmp_path / ("x" * 300)))
+
+
+def test_a_full_gpu_is_one_line(ended, monkeypatch):
+    def fill():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(train, "build_parser", fill)
+    line = "CUDA out of memory. Tried to allocate 2.00 GiB.; try smaller batches, or another --device (see the README)"
+    assert ended(train) == (2, f"error: {line}\n")
+
+
 def test_saving_a_chat_on_a_full_disk_keeps_what_was_saved(tmp_path, dialog_model, load, capsys):
     model, tokenizer = load(dialog_model("gpt2"))
     chat = Conversation(model, tokenizer, ["i like cats."], Decoding(), 2, 0)
