@@ -64,6 +64,7 @@ from utils import (
     run_script,
     set_seed,
     training_texts,
+    typed_path,
     whole_files,
 )
 
@@ -94,7 +95,9 @@ def build_parser() -> Parser:
     precision.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="use less memory and more time")
     parser.add_argument("--runs_dir", default=str(RUNS), help="where run folders are made")
-    parser.add_argument("--save_every", type=number(int, 0), default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--save_every", type=number(int, 0), default=500, help="steps between checkpoints (0: only after epochs)"
+    )
     parser.add_argument("--keep_best", action="store_true", help="keep the epoch of best Hits@1, and not the last one")
     parser.add_argument("--resume", default="", help="go on with this run folder, such as runs/latest, and its options")
     add_local_rank(parser)
@@ -455,7 +458,7 @@ def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
 
     rows = range(0, len(valid), math.ceil(len(valid) / SAMPLES))
     prefixes, rooms = zip(*(valid.prefix(row, min(Decoding.max_length, model.limit // 2)) for row in rows), strict=True)
-    generators = [torch.Generator().manual_seed(abs(seed) + row) for row in rows]
+    generators = [torch.Generator().manual_seed(seed + row) for row in rows]
     replies = generate_replies(model, prefixes, replace(Decoding(), max_length=min(rooms)), generators)
     return [
         {
@@ -565,12 +568,14 @@ def run_to_go_on_with(args: argparse.Namespace, launchers: set[str]) -> Path | N
     """The folder of --resume, or of the run that these launchers had begun before a restart; in every process."""
     if args.resume:
         return find_run(args.resume)
-    return gather(run_of_launchers(launchers, Path(args.runs_dir)) if rank_and_size()[0] == 0 else None)[0]
+    found = run_of_launchers(launchers, typed_path(args.runs_dir)) if rank_and_size()[0] == 0 else None
+    return gather(found)[0]
 
 
 def begin_run(args: argparse.Namespace, launchers: set[str]) -> Path:
     """Make a run folder, on rank 0; its path, in every process."""
-    return gather(new_run_folder(args.model, Path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None)[0]
+    made = new_run_folder(args.model, typed_path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None
+    return gather(made)[0]
 
 
 def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> None:

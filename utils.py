@@ -231,7 +231,7 @@ def check_device(name: str) -> torch.device:
 def set_seed(seed: int) -> None:
     """Seed Python, numpy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -248,7 +248,7 @@ def join_processes(args: argparse.Namespace) -> torch.device:
     if not given.keys() & {"LOCAL_RANK", "RANK"}:
         return check_device(args.device)
     needed = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in given]
+    missing = [name for name in needed if not given.get(name)]
     if missing:
         raise UserError(
             f"a rank is given but not {', '.join(missing)}, which a launcher sets in the environment; "
@@ -1100,14 +1100,15 @@ def load_dataset(
         cache: where the cache is kept; a key is put before the ending, so that datasets and models do not evict
             each other.
     """
-    if not Path(cache).name:
+    path = typed_path(cache)
+    if not path.name:
         raise UserError(f"--dataset_cache '{cache}' names no file; expected one such as ./dataset_cache.bin")
     content = [
         name is not None and file_digest(dataset_file(name)),
         valid_name and file_digest(dataset_file(valid_name)),
     ]
     key = hashlib.sha256(json.dumps([CACHE_VERSION, content, tokenizer.fingerprint()]).encode()).hexdigest()
-    path = Path(cache).with_name(f"{Path(cache).stem}_{key[:12]}{Path(cache).suffix}")
+    path = path.with_name(f"{path.stem}_{key[:12]}{path.suffix}")
     with lock(path):
         arrays = read_cache(path, key)
         if arrays is None:
@@ -1158,7 +1159,9 @@ def training_texts(name: str, valid_name: str) -> Iterator[str]:
             yield utterance.candidates[-1]
 
 
-def tokenize_dataset(name: str, valid_name: str, tokenizer: DialogTokenizer, progress: bool) -> dict[str, np.ndarray]:
+def tokenize_dataset(
+    name: str | None, valid_name: str, tokenizer: DialogTokenizer, progress: bool
+) -> dict[str, np.ndarray]:
     """The arrays of a cache file (see `Split`). Every distinct string is tokenised once."""
     numbers: dict[str, int] = {}
     arrays: dict[str, np.ndarray] = {}
@@ -1401,7 +1404,7 @@ class Instances(torch.utils.data.Dataset):
         return (
             3  # <bos>, the reply's speaker, <eos>
             + span_sums(sizes, *split._lists["persona"])[split.dialogs]
-            + (span_sums(sizes + 1, history_offsets, history, first))
+            + span_sums(sizes + 1, history_offsets, history, first)
             + span_maxima(sizes, *split._lists["candidates"])
         )
 
@@ -1568,7 +1571,7 @@ def launcher() -> str:
 
 def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
     """The run folder that one of these launchers has begun."""
-    for path in runs.resolve().glob("*/launchers.txt"):
+    for path in runs.resolve().glob("*/launchers.txt") if launchers else ():
         if launchers & set(path.read_text(encoding="utf-8").splitlines()):
             return path.parent
     return None
