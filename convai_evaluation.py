@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +39,7 @@ from utils import (
     number,
     rank_and_size,
     run_script,
+    typed_path,
 )
 
 # Published figures, for context: (Hits@1 in %, word PPL, F1 in %).
@@ -265,7 +265,7 @@ def generate_all(model, instances: Instances, args: argparse.Namespace, results:
 
 def reply_generator(seed: int, utterance: int) -> torch.Generator:
     """A reply's own: it does not depend on the batch, the order or the number of processes."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([abs(seed), utterance]).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, utterance]).generate_state(1)[0]))
 
 
 def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
@@ -294,6 +294,7 @@ def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
 
 
 def ranking_figures(results: Results, split: Split) -> tuple[dict[str, float], list[int]]:
+    """Hits@k, and each gold reply's rank; `results.scores` are evened out where candidates have the same tokens."""
     ranks = []
     for utterance, scores in enumerate(results.scores):
         same: dict[tuple, int] = {}  # the scores of equal tokens differ by rounding alone, which is coarse in bf16
@@ -407,9 +408,10 @@ def write_predictions(path: str, split: Split, results: Results, ranks: list[int
     write_text(path, "\n".join(lines) + "\n")
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str, text: str, mode: str = "w") -> None:
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        with open(typed_path(path), mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error
 
@@ -449,24 +451,26 @@ def evaluate(model, splits: dict[str, Split], tokenizer: DialogTokenizer, args: 
 
 
 def report(figures, results, ranks, replies, split: Split, args: argparse.Namespace, seconds: float) -> None:
-    """The table, the files that were asked for, and the FINAL lines."""
+    """The table, the FINAL lines, and the files that were asked for."""
     print_table(figures)
-    if args.output:
-        write_report(args.output, figures, args, seconds)
-    if args.predictions:
-        write_predictions(args.predictions, split, results, ranks, replies)
     if "hits@1" in figures:
         print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
     if "word_ppl" in figures:
         print(f"FINAL PPL: {figures['word_ppl']:.1f}")
     if "f1" in figures:
         print(f"FINAL F1: {figures['f1']:.3f}")
+    if args.output:
+        write_report(args.output, figures, args, seconds)
+    if args.predictions:
+        write_predictions(args.predictions, split, results, ranks, replies)
 
 
 def main() -> None:
     args = parse_args()
     device = join_processes(args)
     started = time.monotonic()
+    for path in filter(None, (args.output, args.predictions)):
+        write_text(path, "", "a")  # an hour later would be late to hear that it cannot be written
     from ignite.distributed import one_rank_first
 
     training = None if args.valid_path and not args.dataset_path else args.dataset_path  # None: nothing is needed

@@ -305,6 +305,12 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the processor computes in bfloat16 itself."""
+    asks = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asks is not None and asks()
+
+
 @torch.inference_mode()
 def pack_weights(model: DialogModel) -> None:
     """Make a model on a CPU faster, for inference only; its results change by rounding alone.
@@ -312,17 +318,15 @@ def pack_weights(model: DialogModel) -> None:
     What torch.compile does with frozen weights, without its minutes. Nothing changes elsewhere, where torch has no
     oneDNN or that no such arithmetic, and where an architecture reads its weights past their layers (it is tried).
     """
-    dtype = model.lm.dtype
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
-    if not (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if model.lm.dtype != torch.float32 and not (model.lm.dtype == torch.bfloat16 and cpu_has_bf16()):
         return
     ids = torch.arange(8)[None]
     expected = model.lm(input_ids=ids, use_cache=False).logits
     layers = [
         (parent, name, layer)
         for parent in model.lm.modules()
-        if not isinstance(parent, MultipleChoiceHead)
         for name, layer in parent.named_children()
         if type(layer) in (nn.Linear, Conv1D)
     ]
@@ -419,7 +423,8 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
         ) from error
     reshaped = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]]
     missing = [name for name in report["missing_keys"] if not name.startswith("multiple_choice_head.")]
-    infinite = [name for name, parameter in lm.named_parameters() if not parameter.isfinite().all()]
+    extremes = {name: torch.stack(parameter.aminmax()) for name, parameter in lm.named_parameters()}  # nan is both
+    infinite = [name for name, values in extremes.items() if not values.isfinite().all()]
     faults = {"have wrong shapes in": reshaped, "lack": missing, "hold nan or infinity in": infinite}
     for fault, tensors in faults.items():
         if tensors:
@@ -797,11 +802,6 @@ class Generation:
             row = [*zip(tokens, types, strict=True), *((token, self.model.ids.speaker1) for token in best.tokens)]
             self.kept.keep(row, self.rows.cache, next(i for i, reply in enumerate(self.replies) if reply is best))
         return ranked
-
-
-def generate(*args) -> Iterator[list[int | None]]:
-    """The columns of a `Generation`."""
-    return iter(Generation(*args))
 
 
 def generate_replies(*args) -> list[list[int]]:

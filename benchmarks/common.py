@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import plain
-from model import pack_weights
+from model import cpu_has_bf16, pack_weights
 from utils import DialogTokenizer, Instances, find_model, learn_bpe, load_dataset, load_tokenizer, training_texts
 
 SAMPLE = str(Path(__file__).resolve().parent.parent / "data" / "sample.json")
@@ -107,7 +107,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 is computed by the processor, and not imitated."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and cpu_has_bf16()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

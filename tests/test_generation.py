@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import model as model_module
-from model import Conversation, Decoding, draw, filtered_probabilities, generate, generate_replies
+from model import Conversation, Decoding, Generation, draw, filtered_probabilities, generate_replies
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache
 GREEDY = Decoding(no_sample=True, max_length=12)
@@ -135,7 +135,7 @@ def test_rows_of_a_batch_end_on_their_own(loaded, monkeypatch):
     columns = [[{token: 20.0} for token in column] for column in zip(*rows, strict=True)]
     decoding = Decoding(no_sample=True, max_length=9, min_length=0)
     script_logits(monkeypatch, model, columns)
-    streamed = list(generate(model, make_prefixes(tokenizer.ids, [4, 6, 5]), decoding, generators(0, 1, 2)))
+    streamed = list(Generation(model, make_prefixes(tokenizer.ids, [4, 6, 5]), decoding, generators(0, 1, 2)))
     assert streamed == [[50, 60, None], [None, 61, None], [None, 62, None]]
     script_logits(monkeypatch, model, columns)
     replies = generate_replies(model, make_prefixes(tokenizer.ids, [4, 6, 5]), decoding, generators(0, 1, 2))

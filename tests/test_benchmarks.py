@@ -1,0 +1,39 @@
+"""The benchmarks: both ways compute the same, so that what is measured is speed alone."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import evaluation, generation, plain, training
+from benchmarks.common import SAMPLE, Bench, table
+from utils import collate
+
+
+@pytest.fixture
+def bench(monkeypatch) -> Bench:
+    monkeypatch.setattr(plain, "QUICK", {"n_layer": 1, "n_embd": 32, "n_head": 2})
+    monkeypatch.setattr(plain, "ROWS", 8005)
+    monkeypatch.setattr(evaluation, "OURS", 4)
+    monkeypatch.setattr(training, "AIMS", {2: ""})
+    monkeypatch.setattr(training, "peak_flops", lambda *_: 1e11)  # products as large as that takes take long
+    return Bench(argparse.Namespace(quick=True, device="cpu", dataset_path=SAMPLE, valid_path="", tokenizer=""))
+
+
+def test_every_subject_has_its_rows(bench) -> None:
+    rows = [row for subject in (evaluation, generation, training) for row in subject.measure(bench)]
+    assert all(min(row.ours.values()) > 0 for row in rows)
+    assert [row.difference < 1e-4 for row in rows if row.difference is not None] == [True] * 3
+    assert table(rows).count("\n") == len(rows) + 1
+
+
+def test_the_plain_loss_is_ours(bench) -> None:
+    instances = [bench.instances("train", num_candidates=3)[i] for i in range(4)]
+    width = max(len(i.prefix) + len(candidate) for i in instances for candidate in i.candidates) + 7
+    batch = collate(instances, bench.ids)
+    with torch.no_grad():
+        output = bench.model(batch)
+        ours = output.lm_nll.mean() + F.cross_entropy(output.mc_logits, batch.n_candidates - 1)
+        theirs = plain.loss(bench.reference, instances, width, bench.ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
