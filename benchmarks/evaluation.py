@@ -1,4 +1,7 @@
-"""Evaluation: replies a second for Hits@1, word perplexity and F1. Both ways' figures are compared too."""
+"""Evaluation alone, python -m benchmarks.evaluation: replies a second for Hits@1, word perplexity and F1.
+
+Both ways' figures are compared, so that speed is not bought with other numbers.
+"""
 
 import argparse
 import contextlib
@@ -8,7 +11,7 @@ import torch
 
 import convai_evaluation as evaluation
 from benchmarks import plain
-from benchmarks.common import Bench, Row, seconds
+from benchmarks.common import Bench, Row, parse_options, seconds, table
 from model import Decoding, DialogModel
 
 PLAIN, OURS = 2, 64  # replies that each way evaluates
@@ -61,3 +64,7 @@ def measure(bench: Bench) -> list[Row]:
         difference = float((columns["fp32"] - torch.tensor(found).flatten().double()).abs().max())
         rows.append(Row(subject, "replies/s", rates, plain_rate, aim, difference))
     return rows
+
+
+if __name__ == "__main__":
+    print(table(measure(Bench(parse_options(__doc__)))))
