@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -50,23 +52,25 @@ class OpenAIGPTBody(OpenAIGPTModel):
 
     gradient_checkpointing = False  # transformers' switch sets it, and the function `_gradient_checkpointing_func`
 
-    def __init__(self, config):
-        super().__init__(config)
-        for block in self.h:
-            if config.afn == "gelu":  # the same function in one kernel
-                block.mlp.act = nn.GELU(approximate="tanh")
-
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: "Tensor | list[MaskBlock] | None" = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        read: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """attention_mask: None (causal) or a float mask (B, 1, T, T with the cache) that is added to the scores."""
+        """Hidden states (B, T, D).
+
+        Args:
+            attention_mask: None (causal) or a float mask (B, 1, T, T with the cache) that is added to the scores, or
+                the blocks of one.
+            read: positions in the flattened (B * T), each once, whose hidden states are wanted; the others' are 0,
+                and the last layer's work for them is saved.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.tokens_embed(input_ids)
         if position_ids is None:
@@ -74,25 +78,50 @@ class OpenAIGPTBody(OpenAIGPTModel):
             position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         x = self.drop(inputs_embeds + self.positions_embed(position_ids))
         cache = past_key_values if use_cache else None
+        shape = x.shape
         for layer, block in enumerate(self.h):
+            wanted = read if block is self.h[-1] else None
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(self._layer, block, x, attention_mask, None, layer)
+                x = self._gradient_checkpointing_func(self._layer, block, x, attention_mask, None, layer, wanted)
             else:
-                x = self._layer(block, x, attention_mask, cache, layer)
+                x = self._layer(block, x, attention_mask, cache, layer, wanted)
+        if read is not None:
+            x = x.new_zeros(shape.numel() // shape[-1], shape[-1]).index_copy(0, read, x).view(shape)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
-    def _layer(self, block, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        x = block.ln_1(x + self._attend(block.attn, x, mask, cache, layer))
+    def _layer(self, block, x: Tensor, mask, cache: Cache | None, layer: int, wanted: Tensor | None) -> Tensor:
+        y = self._attend(block.attn, x, mask, cache, layer)
+        if wanted is not None:  # (B, T, D) -> (R, D)
+            x, y = (each.flatten(0, 1).index_select(0, wanted) for each in (x, y))
+        x = block.ln_1(x + block.attn.resid_dropout(block.attn.c_proj(y)))
         return block.ln_2(x + block.mlp(x))
 
-    def _attend(self, attn, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def _attend(self, attn, x: Tensor, mask, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = (part.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.update(k, v, layer)
         dropout = attn.attn_dropout.p if self.training else 0.0
-        # Without a mask: causal, which a single new token (the last of all) is of itself.
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and q.shape[2] > 1)
-        return attn.resid_dropout(attn.c_proj(y.transpose(1, 2).flatten(2)))
+        if isinstance(mask, list):
+            parts = [
+                attend(q[:, :, part.start : part.end], part.seen(k), part.seen(v), part.mask, dropout) for part in mask
+            ]
+            y = torch.cat(parts, dim=2)
+        elif q.shape[2] == 1 and len(q) > 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            y = attend(q, k, v, mask)
+        else:  # without a mask: causal, which a single new token (the last of all) is of itself
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and q.shape[2] > 1)
+        return y.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention by two products: q (B, H, T, D), k and v (B, H, S, D), mask (B, 1, T, S) -> (B, H, T, D).
+
+    On a CPU, where one row sees little or the arithmetic is bf16, they take less time than torch's own kernel.
+    """
+    q = q * q.shape[-1] ** -0.5
+    # For a single query the product of all keys with it is the faster way round.
+    scores = (k @ q.transpose(-1, -2)).transpose(-1, -2) if q.shape[2] == 1 else q @ k.transpose(-1, -2)
+    return F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout, dropout > 0) @ v
 
 
 class OpenAIGPTWithCache(OpenAIGPTLMHeadModel):
@@ -132,6 +161,10 @@ def with_choice_head(causal_lm: type[PreTrainedModel]) -> type[PreTrainedModel]:
             super().__init__(config)
             self.multiple_choice_head = MultipleChoiceHead(config)
             self.post_init()
+            for module in list(self.modules()):
+                for name, child in module.named_children():
+                    if type(child) is NewGELUActivation:  # the same function in one kernel
+                        setattr(module, name, nn.GELU(approximate="tanh"))
 
     # Known under its parent's name: it stands in config.json, and transformers converts old tensor names by it.
     known = OpenAIGPTLMHeadModel if causal_lm is OpenAIGPTWithCache else causal_lm
@@ -177,13 +210,16 @@ class DialogModel(nn.Module):
         return Output(lm_nll, mc_logits.masked_fill(absent, float("-inf")))
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last hidden states (B, T, D) of packed rows."""
+        """The last hidden states (B, T, D) of packed rows, as far as heads read them (at `batch.read`)."""
         return self._hidden_packed(batch) if self.packed else self._hidden_padded(batch)
 
     def _hidden_packed(self, batch: Batch) -> Tensor:
         embeds = self.embed(batch.input_ids, batch.token_types)
         mask = packed_mask(batch.segments, embeds.dtype)
-        return self.body(inputs_embeds=embeds, position_ids=batch.positions, attention_mask=mask, use_cache=False)[0]
+        inputs = {"inputs_embeds": embeds, "position_ids": batch.positions, "attention_mask": mask}
+        if isinstance(self.body, OpenAIGPTBody) and mask.device.type == "cpu":
+            inputs["attention_mask"] = mask_blocks(mask, batch.segments)
+        return self.body(**inputs, **self.reading(batch.read), use_cache=False)[0]
 
     def _hidden_padded(self, batch: Batch) -> Tensor:
         """Every candidate behind its own copy of the prefix, in a row of its own, padded on the right.
@@ -215,6 +251,10 @@ class DialogModel(nn.Module):
     def body(self) -> PreTrainedModel:
         """The transformer without its heads."""
         return self.lm.base_model
+
+    def reading(self, read: Tensor) -> dict[str, Tensor]:
+        """What tells the body which hidden states (positions in the flattened B * T) are wanted, if it can be told."""
+        return {"read": read} if isinstance(self.body, OpenAIGPTBody) else {}
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), with the scaling and soft-capping that some models put behind their head."""
@@ -257,6 +297,36 @@ def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
+BLOCK = 64  # columns
+
+
+class MaskBlock(NamedTuple):
+    """What the queries of some columns see: keys of the first columns (`prefix`), and those from `oldest` to `end`."""
+
+    start: int
+    end: int
+    prefix: int
+    oldest: int
+    mask: Tensor  # (B, 1, end - start, keys)
+
+    def seen(self, keys: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, H, keys, D)"""
+        return torch.cat([keys[:, :, : self.prefix], keys[:, :, self.oldest : self.end]], dim=2)
+
+
+def mask_blocks(mask: Tensor, segments: Tensor) -> list[MaskBlock]:
+    """The mask of packed rows, without most of what it hides: the prefixes first, then some columns at a time."""
+    prefix, width = int((segments == 0).sum(1).max()), segments.shape[1]
+    begins = torch.cat([segments.new_ones(len(segments), 1), segments.diff()], dim=1) != 0
+    oldest = torch.where(begins, torch.arange(width), 0).cummax(1).values.amin(0).tolist()  # of a column's candidates
+    blocks = [MaskBlock(0, prefix, 0, 0, mask[:, :, :prefix, :prefix])]
+    for start in range(prefix, width, BLOCK):
+        end, first = min(start + BLOCK, width), max(prefix, oldest[start])
+        rows = mask[:, :, start:end]
+        blocks.append(MaskBlock(start, end, prefix, first, torch.cat([rows[..., :prefix], rows[..., first:end]], -1)))
+    return blocks
+
+
 def gold_ranks(output: Output, batch: Batch) -> Tensor:
     """How many other candidates score at least as much as the gold reply (B,): 0 is a hit, ties are none."""
     gold = output.mc_logits.gather(1, batch.n_candidates[:, None] - 1)
@@ -294,15 +364,16 @@ def same_numbers(found: Tensor, expected: Tensor) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of fixed weights (out, in), laid out in memory as oneDNN's matrix products read them."""
+    """A linear layer of fixed weights (out, in), laid out as oneDNN's products read them, and the GELU behind it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: nn.GELU | None):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = None if bias is None else bias.detach()
+        self.behind = ("gelu", [], gelu.approximate) if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.behind)
 
 
 def cpu_has_bf16() -> bool:
@@ -324,21 +395,26 @@ def pack_weights(model: DialogModel) -> None:
         return
     ids = torch.arange(8)[None]
     expected = model.lm(input_ids=ids, use_cache=False).logits
-    layers = [
-        (parent, name, layer)
-        for parent in model.lm.modules()
-        for name, layer in parent.named_children()
-        if type(layer) in (nn.Linear, Conv1D)
-    ]
+    replaced = []
     try:
-        for parent, name, layer in layers:
-            weight = layer.weight if type(layer) is nn.Linear else layer.weight.t()
-            setattr(parent, name, PackedLinear(weight, layer.bias))
+        for parent in list(model.lm.modules()):
+            act = getattr(parent, "act", None)
+            gelu = act if type(act) is nn.GELU and hasattr(parent, "c_fc") else None  # GPT-2's family has it behind
+            for name, layer in list(parent.named_children()):
+                if type(layer) in (nn.Linear, Conv1D):
+                    weight = layer.weight if type(layer) is nn.Linear else layer.weight.t()
+                    new = PackedLinear(weight, layer.bias, gelu if name == "c_fc" else None)
+                elif layer is gelu:
+                    new = nn.Identity()
+                else:
+                    continue
+                setattr(parent, name, new)
+                replaced.append((parent, name, layer))
         packs = same_numbers(model.lm(input_ids=ids, use_cache=False).logits, expected)
     except (RuntimeError, AttributeError):
         packs = False
     if not packs:
-        for parent, name, layer in layers:
+        for parent, name, layer in replaced:
             setattr(parent, name, layer)
 
 
@@ -443,8 +519,11 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
 def probe(model: DialogModel) -> None:
     """Try a tiny batch both ways: packed against padded, cached against whole, our logits against the model's own.
 
-    Sets `model.packed`; raises `UserError` where logits cannot be had from hidden states at labels only.
+    Sets `model.packed`; raises `UserError` where logits cannot be had from hidden states at labels only. Our own
+    openai-gpt needs no trying out.
     """
+    if isinstance(model.body, OpenAIGPTBody):
+        return
     tokens = [token for token in range(len(model.ids.all) + 30) if token not in model.ids.all]
     speakers = [model.ids.speaker1] * 3 + [model.ids.speaker2] * 3
     instances = [
@@ -453,11 +532,12 @@ def probe(model: DialogModel) -> None:
     ]
     batch = collate(instances, model.ids)
 
-    padded, real = model._hidden_padded(batch), batch.segments >= 0
+    padded = model._hidden_padded(batch)
     if not padded.isfinite().all():
         raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
     try:
-        model.packed = same_numbers(model._hidden_packed(batch)[real], padded[real])
+        packed = model._hidden_packed(batch)
+        model.packed = same_numbers(*(hidden.flatten(0, 1)[batch.read] for hidden in (packed, padded)))
         rows = Continuation(model, [(instance.prefix[:4], instance.token_types[:4]) for instance in instances[:1]])
         rows.start()
         stepped = [rows.extend(tokens[i : i + 1], speakers[i]) for i in (4, 5)]
@@ -470,9 +550,10 @@ def probe(model: DialogModel) -> None:
         model.packed, reason = False, "its layers are local"  # the row, too many for a tiny batch to show it
     if not model.packed:
         log.info(f"{kind}: packed rows are not exact for it ({reason}); using padded rows, which are slower")
-    ids = batch.input_ids[:1, :6]
-    hidden, logits = model.body(input_ids=ids, use_cache=False)[0], model.lm(input_ids=ids, use_cache=False).logits
-    if not same_numbers(model.lm_logits(hidden), logits):
+    width = 9  # of the first row's prefix and first candidate
+    embeds = model.embed(batch.input_ids[:1, :width], batch.token_types[:1, :width])
+    logits = model.lm(inputs_embeds=embeds, use_cache=False).logits
+    if not same_numbers(model.lm_logits(padded[:1, :width]), logits):
         raise UserError(
             f"{kind} changes its logits behind the LM head in a way this toolkit does not know; use another model"
         )
@@ -662,8 +743,9 @@ class Continuation:
             hidden = columns > columns[done:, None]  # (T - done, T)
             mask = torch.zeros_like(hidden, dtype=embeds.dtype).masked_fill_(hidden, torch.finfo(embeds.dtype).min)
             behind = {"position_ids": columns[None, done:], "attention_mask": mask[None, None]}
-        hidden = self.model.body(inputs_embeds=embeds, **behind, **self._cache_options())[0]
-        return hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1 - done]
+        ends = torch.arange(len(embeds), device=embeds.device) * embeds.shape[1] + self.lengths - 1 - done
+        inputs = behind | self.model.reading(ends) | self._cache_options()
+        return self.model.body(inputs_embeds=embeds, **inputs)[0].flatten(0, 1)[ends]
 
     def extend(self, tokens: list[int], speaker: int) -> Tensor:
         """Add one token to every row; their hidden states (B, D)."""

@@ -6,6 +6,7 @@ the dataset cache, input building and collation, run folders.
 
 import argparse
 import contextlib
+import gc
 import gzip
 import hashlib
 import io
@@ -61,6 +62,7 @@ def run_script(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, of files that it then refuses
+    gc.set_threshold(200_000)  # importing makes a million objects that stay; looking for garbage among them takes long
     try:
         main()
     except (UserError, torch.cuda.OutOfMemoryError) as error:
@@ -72,6 +74,8 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        gc.freeze()  # nor is it looked for on the way out
 
 
 def first_line(error: BaseException) -> str:
@@ -1445,6 +1449,7 @@ class Batch:
     lm_positions: torch.Tensor  # (L,) positions, in the flattened (B * T), that predict a token of a gold reply
     lm_labels: torch.Tensor  # (L,) the tokens they predict: the gold replies and their <eos>
     extra_starts: torch.Tensor  # (B,) where each row's extra continuation begins, in the flattened (B * T); 0: none
+    read: torch.Tensor  # (R,) positions, in the flattened (B * T), where a head may be asked: the above and the extras
 
     def prefix_ends(self) -> torch.Tensor:
         """(B,) where each row's prefix ends, in the flattened (B * T)."""
@@ -1463,7 +1468,7 @@ def collate(instances: list[Instance], ids: SpecialIds) -> Batch:
     tokens, types = np.full(shape, ids.pad), np.full(shape, ids.pad)
     positions, segments = np.zeros(shape, np.int64), np.full(shape, -1)
     ends, extra_starts = np.zeros((len(instances), width), np.int64), np.zeros(len(instances), np.int64)
-    lm_positions, lm_labels = [], []
+    lm_positions, lm_labels, read = [], [], []
     for row, instance in enumerate(instances):
         start = at = len(instance.prefix)
         tokens[row, :at], types[row, :at] = instance.prefix, instance.token_types
@@ -1475,15 +1480,18 @@ def collate(instances: list[Instance], ids: SpecialIds) -> Batch:
             positions[row, span] = range(start, start + len(continuation))
             if n < len(instance.candidates):
                 ends[row, n] = span.stop - 1
+                read.append(row * shape[1] + span.stop - 1)
             elif instance.extra:
                 extra_starts[row] = row * shape[1] + at
+                read += range(row * shape[1] + at, row * shape[1] + span.stop)
             at = span.stop
         gold = instance.candidates[-1]  # its first token is predicted by the prefix's last, the next by the one before
         end = row * shape[1] + ends[row, len(instance.candidates) - 1]
         lm_positions += [row * shape[1] + start - 1, *range(end - len(gold) + 1, end)]
         lm_labels += gold
     counts = [len(instance.candidates) for instance in instances]
-    columns = (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels, extra_starts)
+    read = sorted(read + lm_positions)
+    columns = (tokens, types, positions, segments, ends, counts, lm_positions, lm_labels, extra_starts, read)
     return Batch(*map(torch.as_tensor, columns))
 
 

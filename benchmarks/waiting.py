@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks.common import Bench, Row, seconds
@@ -32,8 +33,9 @@ def measure(bench: Bench) -> list[Row]:
             done = subprocess.run([*command, *paths], cwd=TOP, check=True, capture_output=True, text=True)
             return [float(word) for word in done.stdout.split()]
 
-        def first_prompt() -> None:
+        def first_prompt() -> float:
             options_of_chat = ["--model", folder, "--personality", "i like cats.", "--device", options.device]
+            started = time.perf_counter()
             chat = subprocess.Popen(
                 [sys.executable, "interact.py", *options_of_chat],
                 cwd=TOP,
@@ -43,15 +45,16 @@ def measure(bench: Bench) -> list[Row]:
             )
             for line in chat.stderr:
                 if line.startswith(b"Persona:"):  # what it prints before it reads
-                    break
+                    taken = time.perf_counter() - started
             chat.communicate()
+            return taken
 
         def show_help(script: str) -> None:
             subprocess.run([sys.executable, script, "--help"], cwd=TOP, check=True, stdout=subprocess.DEVNULL)
 
         (preparing, *held), (opening, *_) = prepare(), prepare()
         replies = sum(map(len, bench.splits.values()))
-        starting = min(seconds(first_prompt) for _ in range(3))
+        starting = min(first_prompt() for _ in range(3))
         helping = max(
             min(seconds(show_help, script) for _ in range(2))
             for script in ("train.py", "interact.py", "convai_evaluation.py")

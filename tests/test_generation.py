@@ -91,6 +91,21 @@ def test_hidden_states_of_each_added_token(loaded):
             torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_hidden_states_of_added_tokens_in_bf16(dialog_model, load):
+    """A batch in bf16 on a CPU has a way of its own to compute a new token's attention."""
+    model, tokenizer = load(dialog_model("openai-gpt"))
+    prefixes = make_prefixes(tokenizer.ids)
+    column = torch.randint(10, 200, (len(prefixes),)).tolist()
+    found = {}
+    with torch.no_grad():
+        for name in ("fp32", "bf16"):
+            model = model.bfloat16() if name == "bf16" else model
+            rows = model_module.Continuation(model, prefixes)
+            rows.start()
+            found[name] = torch.stack([rows.extend(column, tokenizer.ids.speaker1) for _ in range(3)]).float()
+    torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.05)
+
+
 @with_kinds
 def test_sampled_replies_do_not_depend_on_their_batch(loaded):
     model, tokenizer = loaded

@@ -269,6 +269,7 @@ def test_a_batch_of_packed_rows():
         "lm_positions": [2, 5, 6, 8 + 4, 8 + 5],
         "lm_labels": [6, 7, E, 8, E],
         "extra_starts": [0, 0],
+        "read": [2, 4, 5, 6, 7, 8 + 4, 8 + 5, 8 + 6],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
     assert {getattr(batch, name).dtype for name in expected} == {torch.int64}
@@ -293,6 +294,7 @@ def test_extra_continuations_stand_behind_the_candidates_and_are_in_no_loss():
         "lm_positions": [1, 4, 9 + 2, 9 + 5],
         "lm_labels": [6, E, 6, E],
         "extra_starts": [0, 9 + 7],
+        "read": [1, 3, 4, 5, 9 + 2, 9 + 4, 9 + 5, 9 + 6, 9 + 7, 9 + 8],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
 

@@ -18,7 +18,7 @@ from transformers import (
     OpenAIGPTDoubleHeadsModel,
 )
 
-from model import PackedLinear, gold_ranks, load_model, pack_weights
+from model import PackedLinear, attend, gold_ranks, load_model, pack_weights
 from utils import Instance, ModelFiles, UserError, collate, load_tokenizer
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
@@ -160,18 +160,36 @@ def test_packed_weights_compute_the_same(kind, dialog_model, load):
         after = model(batch)
     torch.testing.assert_close(after.lm_nll, before.lm_nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after.mc_logits, before.mc_logits, rtol=1e-5, atol=1e-5)
-    layers = sum(isinstance(layer, PackedLinear) for layer in model.modules())
-    assert layers == 0 if kind == "mamba" else layers >= 9  # mamba reads weights past their layers: left as it was
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    assert not layers if kind == "mamba" else len(layers) >= 9  # mamba reads weights past their layers: left as it was
+    with_gelu = sum(layer.behind[0] == "gelu" for layer in layers)
+    assert with_gelu == (model.lm.config.num_hidden_layers if kind in (*DOUBLE_HEADS, "gpt_neo") else 0)
 
 
+@pytest.mark.parametrize("block", [3, 64], ids=["in many blocks", "in two"])
 @pytest.mark.parametrize("kind", PACKED)
-def test_packed_rows_have_the_hidden_states_of_padded_rows(kind, dialog_model, load):
+def test_packed_rows_have_the_hidden_states_of_padded_rows(kind, block, dialog_model, load, monkeypatch):
+    monkeypatch.setattr("model.BLOCK", block)
     model, tokenizer = load(dialog_model(kind))
     batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
     with torch.no_grad():
-        packed, padded = model._hidden_packed(batch), model._hidden_padded(batch)
-    real = batch.segments >= 0
-    torch.testing.assert_close(packed[real], padded[real], rtol=1e-4, atol=1e-4)
+        packed, padded = (way(batch).flatten(0, 1) for way in (model._hidden_packed, model._hidden_padded))
+    torch.testing.assert_close(packed[batch.read], padded[batch.read], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_products(queries, masked):
+    q, k, v = (torch.randn(3, 2, size, 8) for size in (queries, 11, 11))
+    mask = torch.randn(3, 1, queries, 11) if masked else None
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    dropped = attend(q, k, v, mask, dropout=0.5)
+    torch.manual_seed(0)
+    kept = F.dropout(torch.ones(3, 2, queries, 11), 0.5)
+    weights = (q @ k.transpose(-1, -2) * 8**-0.5 + (0 if mask is None else mask)).softmax(-1)
+    torch.testing.assert_close(dropped, (weights * kept) @ v, rtol=1e-5, atol=1e-5)
 
 
 def test_an_architecture_without_packing_is_named(tiny, load, caplog):
