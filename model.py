@@ -47,6 +47,52 @@ transformers.logging.disable_progress_bar()
 # ------------------------------------------------------------------------------------------------------------
 
 
+BLOCK = 64  # columns
+
+
+class MaskBlock(NamedTuple):
+    """What the queries of some columns see: the keys of the first columns, and those from `oldest` to `end`."""
+
+    start: int
+    end: int
+    first: int  # columns, as many as the longest prefix of the batch has
+    oldest: int
+    mask: Tensor  # (B, 1, end - start, keys)
+
+    def seen(self, keys: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, H, keys, D)"""
+        return torch.cat([keys[:, :, : self.first], keys[:, :, self.oldest : self.end]], dim=2)
+
+
+Mask = Tensor | list[MaskBlock] | None
+
+
+def mask_blocks(mask: Tensor, segments: Tensor) -> list[MaskBlock]:
+    """The mask of packed rows without most of what it hides: up to the longest prefix, then some columns at a time."""
+    first, width = int((segments == 0).sum(1).max()), segments.shape[1]
+    begins = torch.cat([segments.new_ones(len(segments), 1), segments.diff()], dim=1) != 0
+    # for each column, where the earliest of its rows' segments begins
+    earliest = torch.where(begins, torch.arange(width), 0).cummax(1).values.amin(0).tolist()
+    blocks = [MaskBlock(0, first, 0, 0, mask[:, :, :first, :first])]
+    for start in range(first, width, BLOCK):
+        end, oldest = min(start + BLOCK, width), max(first, earliest[start])
+        rows = mask[:, :, start:end]
+        blocks.append(MaskBlock(start, end, first, oldest, torch.cat([rows[..., :first], rows[..., oldest:end]], -1)))
+    return blocks
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention by two products: q (B, H, T, D), k and v (B, H, S, D), mask (B, 1, T, S) -> (B, H, T, D).
+
+    On a CPU, for blocks and for batches in bf16, they take less time than torch's own kernel; in bf16 they round the
+    scores, which it does not.
+    """
+    q = q * q.shape[-1] ** -0.5
+    # For a single query the product of all keys with it is the faster way round.
+    scores = (k @ q.transpose(-1, -2)).transpose(-1, -2) if q.shape[2] == 1 else q @ k.transpose(-1, -2)
+    return F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout, dropout > 0) @ v
+
+
 class OpenAIGPTBody(OpenAIGPTModel):
     """transformers' OpenAI GPT, same parameters, with a forward like GPT-2's."""
 
@@ -55,7 +101,7 @@ class OpenAIGPTBody(OpenAIGPTModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: "Tensor | list[MaskBlock] | None" = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -89,39 +135,26 @@ class OpenAIGPTBody(OpenAIGPTModel):
             x = x.new_zeros(shape.numel() // shape[-1], shape[-1]).index_copy(0, read, x).view(shape)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
-    def _layer(self, block, x: Tensor, mask, cache: Cache | None, layer: int, wanted: Tensor | None) -> Tensor:
+    def _layer(self, block, x: Tensor, mask: Mask, cache: Cache | None, layer: int, wanted: Tensor | None) -> Tensor:
         y = self._attend(block.attn, x, mask, cache, layer)
         if wanted is not None:  # (B, T, D) -> (R, D)
             x, y = (each.flatten(0, 1).index_select(0, wanted) for each in (x, y))
         x = block.ln_1(x + block.attn.resid_dropout(block.attn.c_proj(y)))
         return block.ln_2(x + block.mlp(x))
 
-    def _attend(self, attn, x: Tensor, mask, cache: Cache | None, layer: int) -> Tensor:
+    def _attend(self, attn, x: Tensor, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = (part.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.update(k, v, layer)
         dropout = attn.attn_dropout.p if self.training else 0.0
         if isinstance(mask, list):
-            parts = [
-                attend(q[:, :, part.start : part.end], part.seen(k), part.seen(v), part.mask, dropout) for part in mask
-            ]
-            y = torch.cat(parts, dim=2)
+            blocks = [(q[:, :, each.start : each.end], each.seen(k), each.seen(v), each.mask) for each in mask]
+            y = torch.cat([attend(*block, dropout) for block in blocks], dim=2)
         elif q.shape[2] == 1 and len(q) > 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            y = attend(q, k, v, mask)
+            y = attend(q, k, v, mask, dropout)  # torch's kernel takes more than twice as long
         else:  # without a mask: causal, which a single new token (the last of all) is of itself
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and q.shape[2] > 1)
         return y.transpose(1, 2).flatten(2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention by two products: q (B, H, T, D), k and v (B, H, S, D), mask (B, 1, T, S) -> (B, H, T, D).
-
-    On a CPU, where one row sees little or the arithmetic is bf16, they take less time than torch's own kernel.
-    """
-    q = q * q.shape[-1] ** -0.5
-    # For a single query the product of all keys with it is the faster way round.
-    scores = (k @ q.transpose(-1, -2)).transpose(-1, -2) if q.shape[2] == 1 else q @ k.transpose(-1, -2)
-    return F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout, dropout > 0) @ v
 
 
 class OpenAIGPTWithCache(OpenAIGPTLMHeadModel):
@@ -210,7 +243,7 @@ class DialogModel(nn.Module):
         return Output(lm_nll, mc_logits.masked_fill(absent, float("-inf")))
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last hidden states (B, T, D) of packed rows, as far as heads read them (at `batch.read`)."""
+        """The last hidden states (B, T, D) of packed rows, defined at `batch.read`, where heads read them."""
         return self._hidden_packed(batch) if self.packed else self._hidden_padded(batch)
 
     def _hidden_packed(self, batch: Batch) -> Tensor:
@@ -297,36 +330,6 @@ def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-BLOCK = 64  # columns
-
-
-class MaskBlock(NamedTuple):
-    """What the queries of some columns see: keys of the first columns (`prefix`), and those from `oldest` to `end`."""
-
-    start: int
-    end: int
-    prefix: int
-    oldest: int
-    mask: Tensor  # (B, 1, end - start, keys)
-
-    def seen(self, keys: Tensor) -> Tensor:
-        """(B, H, T, D) -> (B, H, keys, D)"""
-        return torch.cat([keys[:, :, : self.prefix], keys[:, :, self.oldest : self.end]], dim=2)
-
-
-def mask_blocks(mask: Tensor, segments: Tensor) -> list[MaskBlock]:
-    """The mask of packed rows, without most of what it hides: the prefixes first, then some columns at a time."""
-    prefix, width = int((segments == 0).sum(1).max()), segments.shape[1]
-    begins = torch.cat([segments.new_ones(len(segments), 1), segments.diff()], dim=1) != 0
-    oldest = torch.where(begins, torch.arange(width), 0).cummax(1).values.amin(0).tolist()  # of a column's candidates
-    blocks = [MaskBlock(0, prefix, 0, 0, mask[:, :, :prefix, :prefix])]
-    for start in range(prefix, width, BLOCK):
-        end, first = min(start + BLOCK, width), max(prefix, oldest[start])
-        rows = mask[:, :, start:end]
-        blocks.append(MaskBlock(start, end, prefix, first, torch.cat([rows[..., :prefix], rows[..., first:end]], -1)))
-    return blocks
-
-
 def gold_ranks(output: Output, batch: Batch) -> Tensor:
     """How many other candidates score at least as much as the gold reply (B,): 0 is a hit, ties are none."""
     gold = output.mc_logits.gather(1, batch.n_candidates[:, None] - 1)
@@ -370,10 +373,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = None if bias is None else bias.detach()
-        self.behind = ("gelu", [], gelu.approximate) if gelu else ("none", [], "")
+        self.activation = ("gelu", [], gelu.approximate) if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.behind)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
 
 
 def cpu_has_bf16() -> bool:
@@ -519,11 +522,9 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
 def probe(model: DialogModel) -> None:
     """Try a tiny batch both ways: packed against padded, cached against whole, our logits against the model's own.
 
-    Sets `model.packed`; raises `UserError` where logits cannot be had from hidden states at labels only. Our own
-    openai-gpt needs no trying out.
+    Sets `model.packed`; raises `UserError` where logits cannot be had from hidden states at labels only, or are no
+    numbers. Our own openai-gpt is tried for the latter only.
     """
-    if isinstance(model.body, OpenAIGPTBody):
-        return
     tokens = [token for token in range(len(model.ids.all) + 30) if token not in model.ids.all]
     speakers = [model.ids.speaker1] * 3 + [model.ids.speaker2] * 3
     instances = [
@@ -532,12 +533,13 @@ def probe(model: DialogModel) -> None:
     ]
     batch = collate(instances, model.ids)
 
-    padded = model._hidden_padded(batch)
+    padded, real = model._hidden_padded(batch), batch.segments >= 0
     if not padded.isfinite().all():
         raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
+    if isinstance(model.body, OpenAIGPTBody):
+        return
     try:
-        packed = model._hidden_packed(batch)
-        model.packed = same_numbers(*(hidden.flatten(0, 1)[batch.read] for hidden in (packed, padded)))
+        model.packed = same_numbers(model._hidden_packed(batch)[real], padded[real])
         rows = Continuation(model, [(instance.prefix[:4], instance.token_types[:4]) for instance in instances[:1]])
         rows.start()
         stepped = [rows.extend(tokens[i : i + 1], speakers[i]) for i in (4, 5)]
@@ -550,7 +552,7 @@ def probe(model: DialogModel) -> None:
         model.packed, reason = False, "its layers are local"  # the row, too many for a tiny batch to show it
     if not model.packed:
         log.info(f"{kind}: packed rows are not exact for it ({reason}); using padded rows, which are slower")
-    width = 9  # of the first row's prefix and first candidate
+    width = len(instances[0].prefix + instances[0].candidates[0])  # which stand side by side
     embeds = model.embed(batch.input_ids[:1, :width], batch.token_types[:1, :width])
     logits = model.lm(inputs_embeds=embeds, use_cache=False).logits
     if not same_numbers(model.lm_logits(padded[:1, :width]), logits):

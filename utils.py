@@ -75,7 +75,7 @@ def run_script(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        gc.freeze()  # nor is it looked for on the way out
+        gc.freeze()  # the interpreter's last search for garbage would take a second
 
 
 def first_line(error: BaseException) -> str:
@@ -1449,7 +1449,7 @@ class Batch:
     lm_positions: torch.Tensor  # (L,) positions, in the flattened (B * T), that predict a token of a gold reply
     lm_labels: torch.Tensor  # (L,) the tokens they predict: the gold replies and their <eos>
     extra_starts: torch.Tensor  # (B,) where each row's extra continuation begins, in the flattened (B * T); 0: none
-    read: torch.Tensor  # (R,) positions, in the flattened (B * T), where a head may be asked: the above and the extras
+    read: torch.Tensor  # (R,) positions, in the flattened (B * T), that are read: ends, lm_positions, all of the extras
 
     def prefix_ends(self) -> torch.Tensor:
         """(B,) where each row's prefix ends, in the flattened (B * T)."""

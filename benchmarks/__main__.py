@@ -10,7 +10,7 @@ from benchmarks import evaluation, generation, training, waiting
 from benchmarks.common import Bench, machine, parse_options, table
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-KEPT = "\n## What was tried"  # what people wrote stays, from here on
+KEPT = "\n## Notes"  # what people wrote stays, from here on
 
 
 def main() -> None:

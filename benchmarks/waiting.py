@@ -1,5 +1,6 @@
 """What a person waits for: preparing a dataset, opening its cache, the first prompt of interact.py, --help."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,13 +40,13 @@ def measure(bench: Bench) -> list[Row]:
             chat = subprocess.Popen(
                 [sys.executable, "interact.py", *options_of_chat],
                 cwd=TOP,
+                env={name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
-            for line in chat.stderr:
-                if line.startswith(b"Persona:"):  # what it prints before it reads
-                    taken = time.perf_counter() - started
+            next(line for line in chat.stderr if line.startswith(b"Persona:"))  # what it prints before it reads
+            taken = time.perf_counter() - started
             chat.communicate()
             return taken
 
