@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -409,6 +410,8 @@ def main() -> None:
     pack_weights(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs, so expect nonsense; train it with train.py")
+    # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
+    threading.Thread(target=tokenizer.encode, args=(persona,)).start()
     if args.web:
         from web import serve
 

@@ -934,14 +934,6 @@ class Conversation:
         self.kept = kept or PrefixCache()
 
     @property
-    def persona(self) -> list[str]:
-        return self._persona
-
-    @persona.setter
-    def persona(self, sentences: list[str]) -> None:
-        self._persona, self.persona_ids = sentences, self.tokenizer.encode(sentences)
-
-    @property
     def said(self) -> list[str]:
         """All utterances, oldest first."""
         return [text for turn in self.turns for text in (turn.text, turn.reply) if text is not None]
@@ -964,7 +956,8 @@ class Conversation:
         """The replies to `text`, to be drawn."""
         history = [ids for turn in self.turns for ids in turn.ids] + self.tokenizer.encode([text])
         longest = min(self.decoding.max_length, self.model.limit // 2)  # leave room for what it replies to
-        persona, kept, longest = fit(self.persona_ids, history[-self.n_history :], longest, self.model.limit)
+        persona_ids = self.tokenizer.encode(self.persona)  # each time: a persona may change, and it takes no time
+        persona, kept, longest = fit(persona_ids, history[-self.n_history :], longest, self.model.limit)
         prefix = build_prefix(persona, kept, self.model.ids)
         decoding = replace(self.decoding, max_length=longest)
         return Generation(self.model, [prefix], decoding, [self.generator], self.kept)

@@ -161,7 +161,7 @@ def test_generate_replies_takes_the_best_of_each_prefix(converse) -> None:
     chat = converse("gpt2")
     ids = chat.model.ids
     encode = chat.tokenizer.encode
-    prefixes = [build_prefix(chat.persona_ids, encode(MESSAGES[:n]), ids) for n in (1, 3, 2)]
+    prefixes = [build_prefix(encode(chat.persona), encode(MESSAGES[:n]), ids) for n in (1, 3, 2)]
     decoding = Decoding(n_replies=6, max_length=6, temperature=1.5, min_length=6)
 
     def generators(seeds: list[int]) -> list[torch.Generator]:
@@ -211,7 +211,7 @@ def test_no_repeat_ngram_counts_reply_and_history_but_not_the_persona(converse) 
     assert len(own) > len(set(own)), "the model does not repeat itself, so this test shows nothing"
     # The persona may be said: the model, made to say it, still can.
     generation = barred.generation("hi")
-    persona = [token for sentence in barred.persona_ids for token in sentence]
+    persona = [token for sentence in barred.tokenizer.encode(barred.persona) for token in sentence]
     assert not set(sequences(persona, 3)) & set(sequences(generation.said[0], 3))
 
 
@@ -408,7 +408,7 @@ def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
     assert interact.last_dialog(str(path)) == (PERSONA, dialog)
     generation = chat.generation("next")
     assert generation.prefixes[0] == build_prefix(
-        chat.persona_ids, chat.tokenizer.encode([*dialog, "next"]), chat.model.ids
+        chat.tokenizer.encode(chat.persona), chat.tokenizer.encode([*dialog, "next"]), chat.model.ids
     )
 
 
