@@ -426,6 +426,7 @@ def main() -> None:
             answer_lines(chat, transcript)
     except KeyboardInterrupt:
         pass  # Ctrl-C ends the chat like Ctrl-D
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the way out
     if sys.stdin.isatty():
         print()
 
