@@ -132,7 +132,7 @@ class OpenAIGPTBody(OpenAIGPTModel):
             else:
                 x = self._layer(block, x, attention_mask, cache, layer, wanted)
         if read is not None:
-            x = x.new_zeros(shape.numel() // shape[-1], shape[-1]).index_copy(0, read, x).view(shape)
+            x = x.new_zeros(shape).flatten(0, 1).index_copy(0, read, x).view(shape)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
     def _layer(self, block, x: Tensor, mask: Mask, cache: Cache | None, layer: int, wanted: Tensor | None) -> Tensor:

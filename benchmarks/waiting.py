@@ -40,6 +40,7 @@ def measure(bench: Bench) -> list[Row]:
             chat = subprocess.Popen(
                 [sys.executable, "interact.py", *options_of_chat],
                 cwd=TOP,
+                # a user's second start reads the scripts compiled
                 env={name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
