@@ -14,14 +14,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         "$(grep '^torch==' requirements.txt)+$TORCH" && \
     pip install -r requirements.txt
 
-# A .tar.gz of a model folder, by default the published fine-tuned model; empty: none. utils.py is only lent to this
-# step, and the other scripts are not: they change without it. Archives may hold files that only their maker can read.
+# A .tar.gz of a model folder, by default the published fine-tuned model; empty: none. cli.py and files.py are only lent
+# to this step, and the other files are not: they change without it. Archives may hold files that only their maker can read.
 ARG MODEL_URL=https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz
 RUN --mount=type=cache,target=/root/.cache/improvedflend \
-    --mount=type=bind,source=utils.py,target=/convai/utils.py \
+    --mount=type=bind,source=cli.py,target=/convai/cli.py \
+    --mount=type=bind,source=files.py,target=/convai/files.py \
     mkdir models && \
     if [ -n "$MODEL_URL" ]; then \
-        folder=$(python3 -B -c "import sys, utils; utils.run_script(lambda: print(utils.unpack(utils.download( \
+        folder=$(python3 -B -c "import sys, cli, files; cli.run_script(lambda: print(files.unpack(files.download( \
             sys.argv[1], 'pass another --build-arg MODEL_URL=..., or an empty one for an image without a model'))))" \
             "$MODEL_URL") && \
         cp -r "$folder/." models/ && chmod -R a+rX models; \

@@ -18,29 +18,24 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import (
+from cli import (
     FINETUNED_NOTE,
-    DialogTokenizer,
-    Instances,
     Parser,
-    Split,
     UserError,
     add_decoding_options,
     add_local_rank,
     add_model_options,
     add_seed,
     add_valid_path,
-    batches_by_length,
-    find_finetuned_model,
     join_processes,
-    load_dataset,
-    load_tokenizer,
     log,
     number,
     rank_and_size,
     run_script,
-    typed_path,
 )
+from files import find_finetuned_model, typed_path
+from inputs import Instances, batches_by_length
+from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
 
 # Published figures, for context: (Hits@1 in %, word PPL, F1 in %).
 ANCHORS = {
@@ -246,7 +241,7 @@ def score_words(model, hidden, batch, rows: list[int], spelled: list[Spelling], 
 
 def generate_all(model, instances: Instances, args: argparse.Namespace, results: Results) -> None:
     """A reply to every utterance, in batches of prefixes of like length."""
-    from model import Decoding, generate_replies
+    from generation import Decoding, generate_replies
 
     decoding, longest = Decoding.from_args(args), min(args.max_length, model.limit // 2)
     loader = rank_loader(instances, GENERATION_BATCH * args.valid_batch_size, len(results.nll))
@@ -480,7 +475,8 @@ def main() -> None:
         splits = load_dataset(
             training, args.valid_path, args.dataset_cache, tokenizer, progress=rank_and_size()[0] == 0
         )
-        from model import load_model, pack_weights  # heavy: after all that can be told to be wrong at once
+        from cpu import pack_weights
+        from model import load_model
 
         model = load_model(files, tokenizer, device)
     if args.bf16:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-from utils import (
+from cli import (
     FINETUNED_NOTE,
     Parser,
     UserError,
@@ -26,19 +26,15 @@ from utils import (
     add_seed,
     check_device,
     check_message,
-    find_finetuned_model,
-    is_record,
-    load_personas,
-    load_tokenizer,
     log,
     number,
     printable,
-    read_dataset,
     run_script,
     set_seed,
-    typed_path,
-    whole_files,
 )
+from dialogs import is_record, load_personas, read_dataset
+from files import find_finetuned_model, typed_path, whole_files
+from utils import load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -403,7 +399,9 @@ def main() -> None:
     tokenizer = load_tokenizer(files, args.pre_tokenizer)
 
     # Heavy: after all that can be told to be wrong at once.
-    from model import Conversation, Decoding, load_model, pack_weights
+    from cpu import pack_weights
+    from generation import Conversation, Decoding
+    from model import load_model
 
     decoding = Decoding.from_args(args)
     model = load_model(files, tokenizer, device)

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,47 +26,49 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from utils import (
-    HUB_NAMES,
-    RUNS,
-    Batch,
-    Instance,
-    Instances,
-    ModelFiles,
+from cli import (
     Parser,
-    SpecialIds,
     UserError,
     add_local_rank,
     add_model_options,
     add_seed,
     add_valid_path,
     all_sum,
-    batches_by_length,
-    collate,
-    find_model,
-    find_run,
     first_line,
     gather,
-    is_url,
     join_processes,
-    launcher,
-    load_dataset,
-    load_tokenizer,
     log,
-    make_folder,
-    new_run_folder,
     number,
-    open_log,
     printable,
     rank_and_size,
-    remove_unfinished,
-    run_of_launchers,
     run_script,
     set_seed,
-    training_texts,
+)
+from dialogs import training_texts
+from files import (
+    HUB_NAMES,
+    ModelFiles,
+    find_model,
+    find_run,
+    is_url,
+    remove_unfinished,
     typed_path,
     whole_files,
 )
+from inputs import Batch, Instance, Instances, batches_by_length, collate
+from runs import (
+    RUNS,
+    Progress,
+    launcher,
+    new_run_folder,
+    newest_checkpoint,
+    open_log,
+    restore,
+    run_of_launchers,
+    save_checkpoint,
+    write_settings,
+)
+from utils import SpecialIds, load_dataset, load_tokenizer
 
 
 def build_parser() -> Parser:
@@ -188,18 +190,6 @@ class StopSignal:
 # ------------------------------------------------------------------------------------------------------------
 # Batches
 # ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far a run is. The same in every process."""
-
-    step: int = 0  # optimiser steps, skipped ones included
-    epoch: int = 1  # the one under way
-    done: int = 0  # utterances of this epoch that steps have seen; all of them until the next epoch begins
-    skipped: int = 0  # steps without an update, because the loss or a gradient was not finite
-    skipped_in_a_row: int = 0
-    best: tuple[float, float] | None = None  # Hits@1 and -nll of the best epoch
 
 
 class StepSampler:
@@ -454,7 +444,7 @@ def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
 
     Each has a generator of its own, so that nothing else that is random changes.
     """
-    from model import Decoding, generate_replies
+    from generation import Decoding, generate_replies
 
     rows = range(0, len(valid), math.ceil(len(valid) / SAMPLES))
     prefixes, rooms = zip(*(valid.prefix(row, min(Decoding.max_length, model.limit // 2)) for row in rows), strict=True)
@@ -476,89 +466,6 @@ def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators, which dropout draws from; the order of the data is a matter of the seed."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
-def save_checkpoint(folder: Path, learner: Learner, progress: Progress, size: int) -> None:
-    """Write all that training needs to go on from here to `folder`/checkpoints; the last two are kept.
-
-    Every process must call it. The file holds tensors and plain containers only.
-    """
-    generators = gather(random_states(learner.device))
-    if rank_and_size()[0] != 0:
-        return
-    state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
-    make_folder(folder / "checkpoints")
-    name = f"step-{progress.step:09d}.pt"
-    with whole_files(folder / "checkpoints") as partial:
-        torch.save(state, partial / name)
-    older = [path for path in checkpoints(folder) if path.name < name]
-    for path in checkpoints(folder):
-        if path.name != name and path not in older[-1:]:
-            path.unlink()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*.pt"))
-
-
-def newest_checkpoint(folder: Path) -> dict | None:
-    """What `save_checkpoint` wrote last, in every process; where that is damaged, what it wrote before.
-
-    None where it was never called. Rank 0 says which file to read.
-    """
-    state, name = None, ""
-    if rank_and_size()[0] == 0:
-        for path in reversed(checkpoints(folder)):
-            try:
-                state, name = read_checkpoint(path), path.name
-                break
-            except Exception as error:  # torch.load raises many types for a damaged file
-                log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
-        if state is None and checkpoints(folder):
-            raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
-    name = gather(name)[0]
-    if name and state is None:
-        try:
-            state = read_checkpoint(folder / "checkpoints" / name)
-        except Exception as error:  # as above; rank 0 could read it
-            raise UserError(
-                f"cannot read {folder}/checkpoints/{name}: {first_line(error)}; every node needs the same --runs_dir"
-            ) from error
-    return state
-
-
-def read_checkpoint(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def restore(state: dict, learner: Learner, progress: Progress, size: int, args: argparse.Namespace) -> None:
-    """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
-    if state["size"] != size:
-        raise UserError(
-            f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
-            "resume with the dataset it had, or start a new run"
-        )
-    learner.load_state_dict(state["learner"])
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)
-    if progress.epoch > args.n_epochs > 0:
-        raise UserError(f"--n_epochs {args.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more")
-    rank, world_size = rank_and_size()
-    states = state["generators"][rank] if len(state["generators"]) == world_size else {}
-    if learner.device.type in states:
-        torch.set_rng_state(states["cpu"])
-        if learner.device.type != "cpu":
-            torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
-    else:
-        torch.manual_seed(hash((args.seed, progress.step, rank)))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The run folder
 # ------------------------------------------------------------------------------------------------------------
@@ -576,15 +483,6 @@ def begin_run(args: argparse.Namespace, launchers: set[str]) -> Path:
     """Make a run folder, on rank 0; its path, in every process."""
     made = new_run_folder(args.model, typed_path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None
     return gather(made)[0]
-
-
-def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> None:
-    """All of a run folder but the weights."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "local_rank")}
-    with whole_files(folder) as partial:
-        (partial / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(partial)
-        model.lm.config.save_pretrained(partial)
 
 
 def launch_command() -> str:
@@ -682,7 +580,7 @@ def main() -> None:
         texts = partial(training_texts, args.dataset_path, args.valid_path)
         tokenizer = load_tokenizer(files, args.pre_tokenizer, texts)
         splits = load_dataset(args.dataset_path, args.valid_path, args.dataset_cache, tokenizer, progress=rank == 0)
-        from model import load_model  # heavy: after all that can be told to be wrong at once
+        from model import load_model
 
         model = load_model(files, tokenizer, device, from_scratch=True)
 
@@ -730,7 +628,7 @@ def fit(
     """Train from `progress` to the end, with an evaluation after every epoch; or to a signal, and exit."""
     from ignite.engine import Events
 
-    from card import describe
+    from runs import describe
 
     rank, world_size = rank_and_size()
     step_size = args.train_batch_size * args.gradient_accumulation_steps * world_size

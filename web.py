@@ -26,8 +26,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from model import Conversation, Decoding, PrefixCache
-from utils import NO_JSON, Message, Record, UserError, check_message, dialog_of, first_line, load_personas, log
+from cli import UserError, check_message, first_line, log
+from dialogs import NO_JSON, Message, Record, dialog_of, load_personas
+from generation import Conversation, Decoding, PrefixCache
 
 MAX_BODY = 1_000_000  # bytes of a request
 MAX_PERSONA = 50  # sentences

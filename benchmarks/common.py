@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import plain
-from model import cpu_has_bf16, pack_weights
-from utils import DialogTokenizer, Instances, find_model, learn_bpe, load_dataset, load_tokenizer, training_texts
+from cpu import cpu_has_bf16, pack_weights
+from dialogs import training_texts
+from files import find_model
+from inputs import Instances
+from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
 
 SAMPLE = str(Path(__file__).resolve().parent.parent / "data" / "sample.json")
 

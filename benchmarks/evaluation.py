@@ -12,7 +12,8 @@ import torch
 import convai_evaluation as evaluation
 from benchmarks import plain
 from benchmarks.common import Bench, Row, parse_options, seconds, table
-from model import Decoding, DialogModel
+from generation import Decoding
+from model import DialogModel
 
 PLAIN, OURS = 2, 64  # replies that each way evaluates
 

@@ -4,7 +4,8 @@ import torch
 
 from benchmarks import plain
 from benchmarks.common import Bench, Row, read_bandwidth, seconds
-from model import Decoding, DialogModel, Generation
+from generation import Decoding, Generation
+from model import DialogModel
 
 TOKENS, BATCH = 20, 32
 

@@ -8,8 +8,10 @@ import torch
 from transformers import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
 
 from convai_evaluation import WordModel
-from model import Decoding, DialogModel, OpenAIGPTLMHeadModel, draw, filtered_probabilities, with_choice_head
-from utils import DialogTokenizer, Instance, Instances, SpecialIds
+from generation import Decoding, draw, filtered_probabilities
+from inputs import Instance, Instances
+from model import DialogModel, OpenAIGPTLMHeadModel, with_choice_head
+from utils import DialogTokenizer, SpecialIds
 
 FULL = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # the openai-gpt shape
 QUICK = {"n_layer": 2, "n_embd": 128, "n_head": 4}

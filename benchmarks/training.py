@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
+import runs
 import train
 from benchmarks import plain
 from benchmarks.common import Bench, Row, peak_flops, seconds
@@ -47,7 +48,7 @@ def our_rate(bench: Bench, instances, settings: argparse.Namespace, bf16: bool) 
     sampler.size = min(sampler.size, len(instances))
     collate = partial(train.collate_step, batch_size=settings.train_batch_size, ids=bench.ids, filler=instances[0])
     loader = DataLoader(instances, batch_sampler=sampler, collate_fn=collate)
-    trainer = train.build_trainer(learner, sampler, train.Progress(), train.StopSignal(), settings)
+    trainer = train.build_trainer(learner, sampler, runs.Progress(), train.StopSignal(), settings)
     trainer.run(loader, max_epochs=1)
     return trainer.state.output["utterances/s"]
 

@@ -12,7 +12,8 @@ from benchmarks.common import Bench, Row, seconds
 TOP = Path(__file__).resolve().parent.parent
 PREPARE = """
 import sys, time
-from utils import find_model, load_dataset, load_tokenizer
+from files import find_model
+from utils import load_dataset, load_tokenizer
 model, dataset, valid, cache = sys.argv[1:]
 tokenizer = load_tokenizer(find_model(model))
 started = time.perf_counter()

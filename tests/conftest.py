@@ -13,8 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cli import set_seed
+from files import find_model
 from model import DialogModel, load_model
-from utils import DialogTokenizer, find_model, load_tokenizer, set_seed
+from utils import DialogTokenizer, load_tokenizer
 
 TEXTS = [
     "hello , how are you doing today ?",

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the dataset parsers, run by hand: python tests/fuzz_parsers.py -max_total_time=600
 
-It needs the packages of requirements.txt that utils imports, and atheris (Python 3.11 to 3.13, Linux). Whatever
+It needs the packages of requirements.txt that dialogs imports, and atheris (Python 3.11 to 3.13, Linux). Whatever
 bytes a file holds, `read_dataset` gives dialogs or one UserError. Last run: 354,559 executions without a finding.
 """
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-with atheris.instrument_imports(include=["utils", "json", "gzip"]):
-    import utils
+with atheris.instrument_imports(include=["dialogs", "json", "gzip"]):
+    from cli import UserError
+    from dialogs import read_dataset
 
 FOLDER = tempfile.TemporaryDirectory()
 FILE = Path(FOLDER.name) / "dataset"
@@ -35,14 +36,14 @@ def test_one(data: bytes) -> None:
     start = STARTS[data[0] % len(STARTS)] if data else b""
     FILE.write_bytes(start + data[1:])
     try:
-        for dialogs in utils.read_dataset(str(FILE)).values():
+        for dialogs in read_dataset(str(FILE)).values():
             for dialog in dialogs:
                 texts = [*dialog.personality]
                 for utterance in dialog.utterances:
                     assert utterance.candidates  # the last one is the gold reply
                     texts += [*utterance.history, *utterance.candidates]
                 assert all(type(text) is str for text in texts)
-    except utils.UserError as error:
+    except UserError as error:
         assert str(FILE) in str(error) and len(str(error)) < 1000
 
 

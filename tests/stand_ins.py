@@ -314,13 +314,14 @@ def main() -> None:
     import transformers
 
     sys.path.insert(0, os.getcwd())  # the copy of the repository that the commands run in
-    import card  # noqa: F401
-    import model  # noqa: F401
-    import utils
+    import files
+    import runs  # noqa: F401  # and all rooms above it
 
     transformers.AutoModelForCausalLM, transformers.AutoTokenizer  # noqa: B018  # imported when they are named
-    fetch, far = utils.download, os.environ["HF_ENDPOINT"]
-    utils.download = lambda url, instead: fetch(url.replace("https:/", far), instead)
+    import dialogs
+
+    fetch, far = files.download, os.environ["HF_ENDPOINT"]
+    files.download = dialogs.download = lambda url, instead: fetch(url.replace("https:/", far), instead)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(sys.argv[1])
         server.listen(16)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks import evaluation, generation, plain, training
 from benchmarks.common import SAMPLE, Bench, table
-from utils import collate
+from inputs import collate
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import utils
-from utils import Dialog, UserError, Utterance, load_dataset, load_personas, read_dataset, replies_of, with_distractors
+from cli import UserError
+from dialogs import Dialog, Utterance, load_personas, read_dataset, replies_of, split_dialogs, training_texts
+from utils import load_dataset, with_distractors
 
 
 class CountingTokenizer:
@@ -358,13 +360,13 @@ def test_a_tenth_of_the_dialogs_is_held_out_whole(dialogs, held_out, write, tmp_
 
 
 def test_at_most_500_dialogs_are_held_out(write):
-    splits = utils.split_dialogs(write(dialog_lines(6000)), "")
+    splits = split_dialogs(write(dialog_lines(6000)), "")
     assert {name: len(dialogs) for name, dialogs in splits.items()} == {"train": 5500, "valid": 500}
 
 
 def test_a_validation_split_that_is_there_is_kept(write):
     path = write(json.dumps({"valid": [RECORD], "train": [TURNS] * 20}))
-    assert {name: len(list(dialogs)) for name, dialogs in utils.split_dialogs(path, "").items()} == {
+    assert {name: len(list(dialogs)) for name, dialogs in split_dialogs(path, "").items()} == {
         "train": 20,
         "valid": 1,
     }
@@ -380,7 +382,7 @@ def test_a_validation_split_that_is_there_is_kept(write):
 )
 def test_a_validation_file_of_its_own(content, expected, write):
     train, valid = write(dialog_lines(20)), write(content, "valid")
-    splits = {name: list(dialogs) for name, dialogs in utils.split_dialogs(train, valid).items()}
+    splits = {name: list(dialogs) for name, dialogs in split_dialogs(train, valid).items()}
     assert splits["valid"] == [DIALOG] * expected
     assert len(splits["train"]) == 20
 
@@ -401,7 +403,7 @@ def test_too_little_to_validate_on(content, message, write, tmp_path):
 
 def test_a_vocabulary_is_learned_from_the_training_split_alone(write):
     path = write(json.dumps({"train": [TURNS], "valid": [{"personality": ["secret"], "dialog": ["x", "y"]}]}))
-    assert set(utils.training_texts(path, "")) == {"i like cats.", "é", "hi", "hello", "bye", "see you"}
+    assert set(training_texts(path, "")) == {"i like cats.", "é", "hi", "hello", "bye", "see you"}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import utils
-from utils import ModelFiles, UserError, download, find_finetuned_model, find_model, read_dataset, unpack
+import dialogs
+import files
+from cli import UserError
+from dialogs import read_dataset
+from files import ModelFiles, download, find_finetuned_model, find_model, unpack
 
 CONTENT = bytes(range(256)) * 100
 
@@ -185,7 +188,7 @@ def test_a_dataset_from_a_url(server, cache):
 
 
 def test_a_dataset_that_is_not_there_says_what_to_pass(server, cache, monkeypatch):
-    monkeypatch.setattr(utils, "PERSONACHAT_URL", server.url)
+    monkeypatch.setattr(dialogs, "PERSONACHAT_URL", server.url)
     server.answers = ["404"]
     with pytest.raises(UserError, match=f"cannot fetch {server.url}: .*; pass --dataset_path a local file"):
         read_dataset("")
@@ -393,7 +396,7 @@ def test_models_by_folder_file_and_url(tmp_path, server, cache):
 )
 def test_what_is_no_model_is_named_without_asking_the_hub(name, message, tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "fetch_from_hub", lambda repo: pytest.fail(f"asked for {repo}"))
+    monkeypatch.setattr(files, "fetch_from_hub", lambda repo: pytest.fail(f"asked for {repo}"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello")
     (tmp_path / "nothing").touch()
@@ -444,7 +447,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out(tmp_path, monke
 
 
 def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server, cache, monkeypatch):
-    monkeypatch.setattr(utils, "FINETUNED_URL", server.url)
+    monkeypatch.setattr(files, "FINETUNED_URL", server.url)
     server.content = write_tar(tmp_path / "archive", "config.json", "pytorch_model.bin").read_bytes()
     assert find_finetuned_model("openai-gpt").has_weights
     assert server.ranges == [None]

@@ -29,7 +29,8 @@ from convai_evaluation import (
     reply_figures,
     split_words,
 )
-from utils import Instances, batches_by_length, collate, load_dataset
+from inputs import Instances, batches_by_length, collate
+from utils import load_dataset
 
 KINDS = ("openai-gpt", "gpt2", "llama")
 PADDED = "bloom"  # its packed rows are not exact: every candidate has a row of its own

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import model as model_module
-from model import Conversation, Decoding, Generation, draw, filtered_probabilities, generate_replies
+import generation
+from generation import Conversation, Decoding, Generation, draw, filtered_probabilities, generate_replies
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache
 GREEDY = Decoding(no_sample=True, max_length=12)
@@ -82,7 +82,7 @@ def test_hidden_states_of_each_added_token(loaded):
     prefixes = make_prefixes(ids)
     added = torch.randint(10, 200, (5, len(prefixes))).tolist()
     with torch.no_grad():
-        rows = model_module.Continuation(model, prefixes)
+        rows = generation.Continuation(model, prefixes)
         found = torch.stack([rows.start(), *(rows.extend(column, ids.speaker1) for column in added)], dim=1)
         for row, (tokens, types) in enumerate(prefixes):
             reply = [column[row] for column in added]
@@ -100,7 +100,7 @@ def test_hidden_states_of_added_tokens_in_bf16(dialog_model, load):
     with torch.no_grad():
         for name in ("fp32", "bf16"):
             model = model.bfloat16() if name == "bf16" else model
-            rows = model_module.Continuation(model, prefixes)
+            rows = generation.Continuation(model, prefixes)
             rows.start()
             found[name] = torch.stack([rows.extend(column, tokenizer.ids.speaker1) for _ in range(3)]).float()
     torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.05)
@@ -287,12 +287,12 @@ def seen(monkeypatch) -> list[tuple[list[int], int]]:
     """The prefix tokens that each reply was generated for, and its longest length."""
     calls = []
 
-    class Watched(model_module.Generation):
+    class Watched(generation.Generation):
         def __init__(self, model, prefixes, decoding, *rest):
             calls.append((prefixes[0][0], decoding.max_length))
             super().__init__(model, prefixes, decoding, *rest)
 
-    monkeypatch.setattr(model_module, "Generation", Watched)
+    monkeypatch.setattr(generation, "Generation", Watched)
     return calls
 
 

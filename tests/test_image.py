@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import FINETUNED_URL
+from files import FINETUNED_URL
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def test_what_lies_about_is_not(path):
 def test_files_named_in_the_dockerfile_exist_and_reach_the_builder():
     named = re.findall(r"^COPY (?:--\S+ )*(\S+) ", DOCKERFILE, re.MULTILINE)
     named += re.findall(r"--mount=type=bind,source=([^,\s]+)", DOCKERFILE)
-    assert set(named) == {".", "requirements.txt", "utils.py"}
+    assert set(named) == {".", "requirements.txt", "cli.py", "files.py"}
     assert all(in_image(name) and (ROOT / name).is_file() for name in set(named) - {"."})
 
 
@@ -88,9 +88,9 @@ def test_the_model_in_the_image_is_the_published_one():
     assert ARGS == {"TORCH": "cpu", "MODEL_URL": FINETUNED_URL}
 
 
-def test_the_lent_module_imports_nothing_that_is_not_there_yet():
-    """The step that fetches the model has utils.py alone."""
-    assert imported_files("utils.py") == {"utils.py"}
+def test_the_lent_modules_import_nothing_that_is_not_there_yet():
+    """The step that fetches the model has these two alone."""
+    assert imported_files("files.py") == {"cli.py", "files.py"}
 
 
 def test_build_arguments_and_mounts_in_words_are_those_of_the_image():

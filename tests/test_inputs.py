@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils import Instance, Instances, SpecialIds, Split, batches_by_length, build_prefix, collate, fit
+from inputs import Instance, Instances, batches_by_length, build_prefix, collate, fit
+from utils import SpecialIds, Split
 
 B, E, P, S1, S2 = 90, 91, 92, 93, 94  # <bos> <eos> <pad> <speaker1> <speaker2>
 IDS = SpecialIds(bos=B, eos=E, pad=P, speaker1=S1, speaker2=S2, all=frozenset([B, E, P, S1, S2]))

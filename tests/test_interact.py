@@ -16,17 +16,10 @@ import pytest
 import torch
 
 import interact
-from model import Conversation, Decoding, Generation, PrefixCache, Reply, generate_replies, rank, repeating
-from utils import (
-    MAX_MESSAGE,
-    UserError,
-    build_prefix,
-    check_message,
-    decoding_option,
-    load_personas,
-    printable,
-    read_dataset,
-)
+from cli import MAX_MESSAGE, UserError, check_message, decoding_option, printable
+from dialogs import load_personas, read_dataset
+from generation import Conversation, Decoding, Generation, PrefixCache, Reply, generate_replies, rank, repeating
+from inputs import build_prefix
 
 ROOT = Path(interact.__file__).parent
 PERSONA = ["i teach music to children .", "my favorite color is green ."]

@@ -19,8 +19,12 @@ from transformers import (
     OpenAIGPTDoubleHeadsModel,
 )
 
-from model import PackedLinear, attend, gold_ranks, load_model, pack_weights
-from utils import Instance, ModelFiles, UserError, collate, load_tokenizer
+from cli import UserError
+from cpu import PackedLinear, pack_weights
+from files import ModelFiles
+from inputs import Instance, collate
+from model import attend, gold_ranks, load_model
+from utils import load_tokenizer
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
 PACKED = ("openai-gpt", "gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "cohere", "granite", "opt", "gpt_neox")
@@ -354,7 +358,8 @@ def test_loading_a_legacy_checkpoint_prints_nothing(tiny, tmp_path):
     script = (
         "import logging, sys, torch\n"
         "logging.basicConfig(level=logging.INFO)\n"
-        "from utils import find_model, load_tokenizer\n"
+        "from files import find_model\n"
+        "from utils import load_tokenizer\n"
         "from model import load_model\n"
         "for folder in sys.argv[1:]:\n"
         "    files = find_model(folder)\n"

@@ -13,21 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_inputs import IDS, make_split
 
-from model import Decoding, draw, filtered_probabilities
-from utils import (
-    Dialog,
-    DialogTokenizer,
-    Instances,
-    UserError,
-    Utterance,
-    build_prefix,
-    collate,
-    detokenize,
-    fit,
-    learn_bpe,
-    read_dataset,
-    spacy_words,
-)
+from cli import UserError
+from dialogs import Dialog, Utterance, read_dataset
+from generation import Decoding, draw, filtered_probabilities
+from inputs import Instances, build_prefix, collate, fit
+from utils import DialogTokenizer, detokenize, learn_bpe, spacy_words
 
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("same every time")

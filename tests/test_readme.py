@@ -25,11 +25,13 @@ import pytest
 from stand_ins import write_clients
 from test_model import write_gguf
 
+import cli
 import convai_evaluation
+import dialogs
+import files
 import interact
 import train
-import utils
-from utils import Dialog, Utterance, read_dataset
+from dialogs import Dialog, Utterance, read_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -91,8 +93,8 @@ def actions(monkeypatch):
     """`actions(script)`: what argparse has of each option of a script."""
 
     def of(script: str) -> list:
-        made, parse = [], utils.Parser.parse_args
-        monkeypatch.setattr(utils.Parser, "parse_args", lambda self: (made.append(self), parse(self, []))[1])
+        made, parse = [], cli.Parser.parse_args
+        monkeypatch.setattr(cli.Parser, "parse_args", lambda self: (made.append(self), parse(self, []))[1])
         SCRIPTS[script].parse_args()
         return [action for action in made[0]._actions if "--help" not in action.option_strings]
 
@@ -252,9 +254,9 @@ class Workplace(NamedTuple):
 
 def small(splits: dict) -> dict:
     """Of each split two dialogs, of each of these two replies with four candidates."""
-    for dialogs in splits.values():
-        del dialogs[2:]
-        for dialog in dialogs:
+    for split in splits.values():
+        del split[2:]
+        for dialog in split:
             dialog["utterances"] = [
                 {"history": utterance["history"], "candidates": utterance["candidates"][-4:]}
                 for utterance in dialog["utterances"][:2]
@@ -283,10 +285,10 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     for name, kind in {"openai-community/openai-gpt": "openai-gpt", "Qwen/Qwen3-0.6B": "qwen3"}.items():
         shutil.copytree(tiny(kind), far / name)
     shutil.copytree(tiny("gpt2"), far / "openai-community/gpt2")
-    for url in (utils.PERSONACHAT_URL, utils.FINETUNED_URL):
+    for url in (dialogs.PERSONACHAT_URL, files.FINETUNED_URL):
         (far / url.removeprefix("https://")).parent.mkdir(parents=True)
-    (far / utils.PERSONACHAT_URL.removeprefix("https://")).write_text(sample)
-    with tarfile.open(far / utils.FINETUNED_URL.removeprefix("https://"), "w:gz") as archive:
+    (far / dialogs.PERSONACHAT_URL.removeprefix("https://")).write_text(sample)
+    with tarfile.open(far / files.FINETUNED_URL.removeprefix("https://"), "w:gz") as archive:
         archive.add(dialog_model("openai-gpt"), ".")
     write_gguf(top / "tiny.gguf", tiny("llama"))
 

@@ -17,10 +17,12 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
-import card
+import runs
 import train
-from model import Decoding, generate_replies
-from utils import UserError, build_prefix, find_run, log
+from cli import UserError, log
+from files import find_run
+from generation import Decoding, generate_replies
+from inputs import build_prefix
 
 
 def run_train(*options) -> list[str]:
@@ -128,7 +130,7 @@ def test_resumed_run_has_whole_curves_and_card(run, tmp_path):
     before, text = (folder / "curves.png").read_bytes(), (folder / "README.md").read_bytes()
     assert before[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", before[16:24]) == (1200, 360)
     assert len(before) > 10_000
-    train.checkpoints(folder)[-1].unlink()
+    runs.checkpoints(folder)[-1].unlink()
     run_train("--resume", folder)  # the second epoch again: nothing is lost and nothing twice
     assert ((folder / "curves.png").read_bytes(), (folder / "README.md").read_bytes()) == (before, text)
     run_train("--resume", folder, "--n_epochs", 3)
@@ -164,7 +166,7 @@ def test_model_card(run, monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "openai-gpt"])
 def test_code_of_the_card_gives_the_reply_of_the_toolkit(kind, dialog_model, load, monkeypatch):
     monkeypatch.chdir(dialog_model(kind))
-    code, shown = card.CARD.split("```python\n")[1].split("```")[0], io.StringIO()
+    code, shown = runs.CARD.split("```python\n")[1].split("```")[0], io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(code, {})
     model, tokenizer = load(Path("."), pre_tokenizer="basic" if kind == "openai-gpt" else None)
@@ -177,12 +179,17 @@ def test_code_of_the_card_gives_the_reply_of_the_toolkit(kind, dialog_model, loa
 
 def test_keep_best_has_the_card_of_its_weights(options, tmp_path):
     """An epoch that is not the best one is in the table, and the figures stay those of the best."""
-    run_train(*options(tmp_path / "run"), "--keep_best", "--lr", 0.3, "--n_epochs", 3)
-    folder = find_run(tmp_path / "run" / "latest")
+    for seed in range(20):  # which epoch is the best differs between processors: until it is not the last one
+        run_train(*options(tmp_path / "run"), "--keep_best", "--lr", 0.3, "--n_epochs", 3, "--seed", seed)
+        folder = find_run(tmp_path / "run" / "latest")
+        found = [record for record in records(folder) if record["step"] and "nll" in record]
+        scores = [(record["hits@1"], -record["nll"]) for record in found]
+        best = scores.index(max(scores))
+        if best < 2:
+            break
+    else:
+        pytest.fail("the last epoch is the best with every seed")
     _, figures, table = card_of(folder)
-    scores = [(record["hits@1"], -record["nll"]) for record in records(folder) if record["step"] and "nll" in record]
-    best = scores.index(max(scores))
-    assert best < 2  # so that the last epoch is not kept
     assert ["**" in row for row in table] == [False, *(epoch == best for epoch in range(3))]
     run_train(*options(tmp_path / "again"), "--model", folder, "--n_epochs", 0)
     (found,) = [record for record in records(tmp_path / "again" / "latest") if "nll" in record]
@@ -198,7 +205,7 @@ def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
     skipped = json.loads(lines[2]) | {"loss": float("nan"), "lm_loss": float("nan")}
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps(skipped)]))
     first = [record for record in records(run[0]) if "nll" in record][1]
-    card.describe(tmp_path, tmp_path, (first["hits@1"], -first["nll"]), args, train.training_command(args), "spacy")
+    runs.describe(tmp_path, tmp_path, (first["hits@1"], -first["nll"]), args, train.training_command(args), "spacy")
     loaded, _, table = card_of(tmp_path)
     assert loaded.data.base_model == "openai-community/openai-gpt" and loaded.data.language == "en"
     assert loaded.data.eval_results[0].dataset_name == "PersonaChat" and "do n't" in loaded.text
@@ -212,7 +219,7 @@ def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
     before = torch.get_rng_state()
     state = {"size": 3, "progress": {"step": 7}, "generators": [{"cpu": before}], "learner": {}}
     torch.manual_seed(123)
-    train.restore(state, learner, progress := train.Progress(), 3, SimpleNamespace(n_epochs=3, seed=0))
+    runs.restore(state, learner, progress := runs.Progress(), 3, SimpleNamespace(n_epochs=3, seed=0))
     assert progress.step == 7
     assert torch.equal(torch.get_rng_state(), before) == (device == "cpu")  # another generator begins anew
 

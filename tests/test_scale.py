@@ -21,9 +21,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
+import inputs
+import runs
 import train
-import utils
-from utils import Instance, SpecialIds, UserError, find_run, new_run_folder, whole_files
+from cli import UserError
+from files import find_run, whole_files
+from inputs import Instance
+from runs import new_run_folder
+from utils import SpecialIds
 
 SCRIPT = Path(train.__file__)
 WORDS = "hello i like cats dogs fish and my red car is fast do you work at the school today no yes what fun".split()
@@ -31,7 +37,7 @@ WORDS = "hello i like cats dogs fish and my red car is fast do you work at the s
 PATIENCE = 150  # seconds for what takes a few on an idle machine
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["train", "model", "card", "tensorboardX", "ignite.distributed", "ignite.handlers"])
+forkserver.set_forkserver_preload(["train", "runs", "tensorboardX", "ignite.distributed", "ignite.handlers"])
 
 
 def write_dataset(path: Path, n_train: int, n_valid: int) -> Path:
@@ -64,7 +70,7 @@ def run_train(options: list[str], environment: dict[str, str], output: str, larg
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = ["train.py", *options]
-    train.run_script(train.main)
+    cli.run_script(train.main)
 
 
 def free_port() -> int:
@@ -256,7 +262,7 @@ def test_local_rank_without_a_launcher(monkeypatch):
     for option in ("--local_rank", "--local-rank"):
         monkeypatch.setattr(sys, "argv", ["train.py", option, "0", "--device", "cpu"])
         with pytest.raises(UserError, match="RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.*torchrun"):
-            train.join_processes(train.parse_args())
+            cli.join_processes(train.parse_args())
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="torchrun"):
         train.main()
@@ -358,7 +364,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(options, tmp_path
 @pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama"])
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(kind, dialog_model, load):
     model, tokenizer = load(dialog_model(kind))
-    batch = utils.collate([Instance([1, 2, 3, 4], [4, 4, 5, 5], [[7, 8], [9, 6]])], tokenizer.ids)
+    batch = inputs.collate([Instance([1, 2, 3, 4], [4, 4, 5, 5], [[7, 8], [9, 6]])], tokenizer.ids)
     model.train()
 
     def gradients() -> tuple[list[torch.Tensor], int]:
@@ -403,7 +409,7 @@ def test_killed_five_times(options, uninterrupted, tmp_path):
     for found, expected in zip(validations(tmp_path), validations(uninterrupted(1)), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
     assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
-    assert [path.name for path in train.checkpoints(find_run(tmp_path / "runs" / "latest"))] == [
+    assert [path.name for path in runs.checkpoints(find_run(tmp_path / "runs" / "latest"))] == [
         "step-000000022.pt",
         "step-000000024.pt",
     ]
@@ -456,7 +462,7 @@ def test_damaged_checkpoints_and_a_full_disk(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted(1) / "runs", tmp_path / "runs", symlinks=True)
     folder = find_run(tmp_path / "runs" / "latest")
     expected = losses(tmp_path)
-    older, newest = train.checkpoints(folder)
+    older, newest = runs.checkpoints(folder)
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
     # a file may be as large as half a checkpoint

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from utils import (
-    DialogTokenizer,
-    ModelFiles,
-    UserError,
-    detokenize,
-    learn_bpe,
-    load_config_dict,
-    load_tokenizer,
-    spacy_words,
-)
+from cli import UserError
+from files import ModelFiles
+from utils import DialogTokenizer, detokenize, learn_bpe, load_config_dict, load_tokenizer, spacy_words
 
 OURS = ["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]
 CHARACTERS = string.ascii_lowercase + string.digits + "é'<>?!.,-"

@@ -25,22 +25,14 @@ from test_inputs import IDS
 
 import convai_evaluation
 import interact
+import runs
 import train
-from model import Conversation, Decoding
-from utils import (
-    FORMATS,
-    DialogTokenizer,
-    Instances,
-    UserError,
-    download,
-    find_model,
-    learn_bpe,
-    load_dataset,
-    load_tokenizer,
-    read_dataset,
-    run_script,
-    unpack,
-)
+from cli import UserError, run_script
+from dialogs import FORMATS, read_dataset
+from files import download, find_model, unpack
+from generation import Conversation, Decoding
+from inputs import Instances
+from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
 
 __all__ = ["cache", "server", "write"]  # fixtures
 MEGABYTES = 10 * 2**20
@@ -528,7 +520,7 @@ def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, monkeypatch, caplog)
     path = tmp_path / "checkpoints" / "step-1.pt"
     path.write_bytes(saved({"learner": Malice()}))
     with pytest.raises(UserError) as caught:
-        train.newest_checkpoint(tmp_path)
+        runs.newest_checkpoint(tmp_path)
     assert str(caught.value) == f"no checkpoint in {tmp_path}/checkpoints can be read; start a new run"
     reason = "its pickle is damaged, or holds more than tensors, such as code to run"
     assert caplog.messages == [f"warning: {path} cannot be read ({reason}); trying the one before it"]

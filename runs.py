@@ -1,0 +1,385 @@
+"""What a run leaves: its folder, settings, log, checkpoints to resume from, curves and model card."""
+
+import argparse
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+
+from cli import UserError, first_line, gather, log, rank_and_size
+from files import make_folder, whole_files
+
+RUNS = Path(__file__).resolve().parent / "runs"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run folder
+# ------------------------------------------------------------------------------------------------------------
+
+
+def new_run_folder(model: str, runs: Path = RUNS, launchers: Iterable[str] = ()) -> Path:
+    """Create `<runs>/<Mon><DD>_<HH-MM-SS>_<host>_<model>` under a name no other run has, and point `latest` to it.
+
+    Args:
+        launchers: names of the launchers that start its processes, for `run_of_launchers`.
+    """
+    runs = runs.resolve()
+    short = re.sub(r"[^\w.-]+", "_", Path(urlsplit(model).path.rstrip("/")).name or "model")
+    base = runs / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
+    make_folder(base.parent)
+    for attempt in range(100):
+        folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot create {folder}: {error.strerror}; pass another --runs_dir") from error
+        with whole_files(folder) as partial:
+            (partial / "launchers.txt").write_text("\n".join(sorted(launchers)), encoding="utf-8")
+        point_latest_to(folder)
+        return folder
+    raise UserError(f"{base} exists a hundred times; remove some runs")
+
+
+def point_latest_to(folder: Path) -> None:
+    """Make `latest` beside a run folder a link to it, or a text file with its name where links are not possible."""
+    partial = folder.with_name(f".latest-{folder.name}")
+    try:
+        try:
+            partial.symlink_to(folder.name)
+        except OSError:  # Windows, and file systems without links
+            partial.write_text(folder.name, encoding="utf-8")
+        os.replace(partial, folder.with_name("latest"))
+    except OSError as error:
+        raise UserError(f"cannot write {folder.parent}/latest: {error.strerror}; remove it") from error
+
+
+def launcher() -> str:
+    """Names the torchrun agent that started this process, alike after an elastic restart; "" without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    # An agent logs the errors of its processes in a folder of its own, <name>/attempt_<n>/<local rank>/error.json
+    agent_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
+    return f"{socket.gethostname()}:{os.getppid()}:{agent_folder.name}"
+
+
+def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
+    """The run folder that one of these launchers has begun."""
+    for path in runs.resolve().glob("*/launchers.txt") if launchers else ():
+        if launchers & set(path.read_text(encoding="utf-8").splitlines()):
+            return path.parent
+    return None
+
+
+def open_log(folder: Path, step: int) -> Callable[[dict], None]:
+    """A function that adds a record, as a line of JSON, to `log.jsonl` in a run folder.
+
+    Args:
+        step: where the run goes on from. Lines are dropped that it will write again: those of later steps, and a
+            validation after this one.
+    """
+    path = folder / "log.jsonl"
+
+    def stands(line: bytes) -> bool:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut short
+            return False
+        return record["step"] < step + ("loss" in record)
+
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with whole_files(folder) as partial:
+        (partial / path.name).write_bytes(b"".join(filter(stands, lines)))
+
+    def append(record: dict) -> None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}; free some space") from error
+
+    return append
+
+
+def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> None:
+    """All of a run folder but the weights."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "local_rank")}
+    with whole_files(folder) as partial:
+        (partial / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(partial)
+        model.lm.config.save_pretrained(partial)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is. The same in every process."""
+
+    step: int = 0  # optimiser steps, skipped ones included
+    epoch: int = 1  # the one under way
+    done: int = 0  # utterances of this epoch that steps have seen; all of them until the next epoch begins
+    skipped: int = 0  # steps without an update, because the loss or a gradient was not finite
+    skipped_in_a_row: int = 0
+    best: tuple[float, float] | None = None  # Hits@1 and -nll of the best epoch
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators, which dropout draws from; the order of the data is a matter of the seed."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def save_checkpoint(folder: Path, learner, progress: Progress, size: int) -> None:
+    """Write all that training needs to go on from here to `folder`/checkpoints; the last two are kept.
+
+    Every process must call it. The file holds tensors and plain containers only.
+    """
+    generators = gather(random_states(learner.device))
+    if rank_and_size()[0] != 0:
+        return
+    state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
+    make_folder(folder / "checkpoints")
+    name = f"step-{progress.step:09d}.pt"
+    with whole_files(folder / "checkpoints") as partial:
+        torch.save(state, partial / name)
+    older = [path for path in checkpoints(folder) if path.name < name]
+    for path in checkpoints(folder):
+        if path.name != name and path not in older[-1:]:
+            path.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*.pt"))
+
+
+def newest_checkpoint(folder: Path) -> dict | None:
+    """What `save_checkpoint` wrote last, in every process; where that is damaged, what it wrote before.
+
+    None where it was never called. Rank 0 says which file to read.
+    """
+    state, name = None, ""
+    if rank_and_size()[0] == 0:
+        for path in reversed(checkpoints(folder)):
+            try:
+                state, name = read_checkpoint(path), path.name
+                break
+            except Exception as error:  # torch.load raises many types for a damaged file
+                log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
+        if state is None and checkpoints(folder):
+            raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
+    name = gather(name)[0]
+    if name and state is None:
+        try:
+            state = read_checkpoint(folder / "checkpoints" / name)
+        except Exception as error:  # as above; rank 0 could read it
+            raise UserError(
+                f"cannot read {folder}/checkpoints/{name}: {first_line(error)}; every node needs the same --runs_dir"
+            ) from error
+    return state
+
+
+def read_checkpoint(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(state: dict, learner, progress: Progress, size: int, args: argparse.Namespace) -> None:
+    """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
+    if state["size"] != size:
+        raise UserError(
+            f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
+            "resume with the dataset it had, or start a new run"
+        )
+    learner.load_state_dict(state["learner"])
+    for name, value in state["progress"].items():
+        setattr(progress, name, value)
+    if progress.epoch > args.n_epochs > 0:
+        raise UserError(f"--n_epochs {args.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more")
+    rank, world_size = rank_and_size()
+    states = state["generators"][rank] if len(state["generators"]) == world_size else {}
+    if learner.device.type in states:
+        torch.set_rng_state(states["cpu"])
+        if learner.device.type != "cpu":
+            torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
+    else:
+        torch.manual_seed(hash((args.seed, progress.step, rank)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Curves and model card
+# ------------------------------------------------------------------------------------------------------------
+
+
+CARD = """\
+# {name}
+
+A persona-grounded dialogue model: give it a few sentences about who it is, and it talks as that person. It was
+trained from `{model}` on {dataset} with ImprovedFlend, by the method of TransferTransfo
+([arXiv 1901.08149](https://arxiv.org/abs/1901.08149)): one transformer with a language-modelling head, which writes
+the reply, and a multiple-choice head, which tells the real reply from distractors.
+
+It says what sounds likely, not what is true.
+
+## Training
+
+```bash
+{command}
+```
+
+The epoch in bold is the one whose weights are here. The loss is the mean over the epoch's steps; Hits@1 (how often
+the real reply scores best of all its candidates) and perplexity per token are those of the validation split.
+
+{table}
+
+![Training and validation curves](curves.png)
+
+## Talking to it
+
+With the toolkit, `.` being this folder (or its name on the hub):
+
+```bash
+python interact.py --model_checkpoint . --personality "i like cats." --personality "i live in rome."
+```
+
+In plain transformers. Every token has a second embedding, added to its own: that of its speaker.{cut}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".").eval()
+embed, bot, person = model.get_input_embeddings(), "<speaker1>", "<speaker2>"
+tokens, speakers = [], []
+for speaker, text in [(bot, "<bos>i like cats."), (person, "<speaker2>do you have a pet ?"), (bot, "<speaker1>")]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens, speakers = tokens + ids, speakers + tokenizer.convert_tokens_to_ids([speaker]) * len(ids)
+reply = []
+while len(reply) < 20 and not set(reply) & set(tokenizer.all_special_ids):
+    with torch.no_grad():
+        hidden = embed(torch.tensor([tokens + reply])) + embed(torch.tensor([speakers + speakers[-1:] * len(reply)]))
+        reply.append(model(inputs_embeds=hidden).logits[0, -1].argmax().item())
+print(tokenizer.decode(reply, skip_special_tokens=True))
+```
+
+| token | what it means |
+| --- | --- |
+| `<bos>` | begins the persona; the sentences of the persona follow, as `<speaker1>`'s |
+| `<speaker2>` | begins an utterance of the person who talks to the model |
+| `<speaker1>` | begins an utterance of the model; the last one begins the reply |
+| `<eos>` | ends the reply; the multiple-choice head reads it |
+| `<pad>` | fills up a batch |
+"""
+SPACY = """ This model learned from
+text cut as spaCy cuts it (`do n't`), which the toolkit does too; its tokenizer alone cuts otherwise (`don ' t`)."""
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The records of steps whose loss is a number, and those of validations, from `log.jsonl` in a run folder."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if math.isfinite(record.get("loss", math.nan))]
+    return steps, [record for record in records if "nll" in record]
+
+
+def draw_curves(path: Path, steps: list[dict], validations: list[dict]) -> None:
+    """Both training losses, smoothed over a twentieth of the run, and validation figures over steps, as a PNG."""
+    import matplotlib  # heavy, like the hub's below: only where a run ends an epoch
+    from matplotlib.figure import Figure
+
+    matplotlib.rcdefaults()  # a user's own settings may ask for what is not installed, such as LaTeX
+    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
+    losses, hits, perplexity = figure.subplots(1, 3, sharex=True)
+    at, ends = [record["step"] for record in steps], np.arange(1, len(steps) + 1)
+    starts = np.maximum(0, ends - max(1, len(steps) // 20))
+    for name, what, colour in (("lm_loss", "language modelling", "C0"), ("mc_loss", "multiple choice", "C1")):
+        values = [record[name] for record in steps]
+        sums = np.cumsum([0.0, *values])
+        losses.plot(at, values, colour, alpha=0.25, linewidth=0.8)
+        losses.plot(at, (sums[ends] - sums[starts]) / (ends - starts), colour, label=what)
+    losses.legend()
+    at = [record["step"] for record in validations]
+    hits.plot(at, [100 * record["hits@1"] for record in validations], "C2o-")
+    perplexity.plot(at, [record["token_ppl"] for record in validations], "C3o-")
+    titles = ("training loss", "validation Hits@1 (%)", "validation perplexity per token")
+    for axes, title in zip((losses, hits, perplexity), titles, strict=True):
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def results_table(steps: list[dict], validations: list[dict], kept: dict) -> str:
+    """A row for each validation; the one of `kept` in bold."""
+    rows = ["| epoch | steps | loss | Hits@1 | perplexity |", "| --- | --- | --- | --- | --- |"]
+    for found in validations:
+        epoch = found["epoch"] if found["step"] else 0
+        losses = [record["loss"] for record in steps if record["epoch"] == epoch]
+        loss = f"{sum(losses) / len(losses):.3f}" if losses else "-"
+        cells = [epoch, found["step"], loss, f"{100 * found['hits@1']:.1f} %", f"{found['token_ppl']:.2f}"]
+        mark = "**" if found is kept else ""
+        rows.append("| " + " | ".join(f"{mark}{cell}{mark}" for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def describe(
+    partial: Path,
+    folder: Path,
+    best: tuple[float, float] | None,
+    args: argparse.Namespace,
+    command: str,
+    pre_tokenizer: str | None,
+) -> None:
+    """Write `curves.png` and the model card `README.md` of a run folder, from its log.
+
+    Args:
+        partial: the folder to write them to.
+        best: Hits@1 and -nll of the epoch whose weights the run folder gets or keeps; None: the last validation's.
+        args: train.py's; `base_model` is the hub's id of what training started from, "" where it has none.
+        command: that trains such a model.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    steps, validations = read_log(folder)
+    found = next((each for each in validations if (each["hits@1"], -each["nll"]) == tuple(best or ())), validations[-1])
+    draw_curves(partial / "curves.png", steps, validations)
+    dataset = Path(urlsplit(args.dataset_path).path).name or "PersonaChat"
+    figures = {
+        "accuracy": ("Hits@1", round(found["hits@1"], 4)),
+        "perplexity": ("perplexity per token", round(found["token_ppl"], 2)),
+    }
+    task = {"task_type": "text-generation", "dataset_type": dataset.lower(), "dataset_name": dataset}
+    about = ModelCardData(
+        model_name=folder.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        language=None if args.dataset_path else "en",  # of other data it is not known
+        base_model=args.base_model or None,
+        tags=["dialogue", "persona-chat", "transfertransfo"],
+        eval_results=[
+            EvalResult(**task, dataset_split="validation", metric_type=kind, metric_name=name, metric_value=value)
+            for kind, (name, value) in figures.items()
+            if math.isfinite(value)
+        ],
+    )
+    text = CARD.format(
+        name=folder.name,
+        model=args.model,
+        dataset=dataset,
+        command=command,
+        table=results_table(steps, validations, found),
+        cut=SPACY if pre_tokenizer == "spacy" else "",
+    )
+    (partial / "README.md").write_text(f"---\n{about.to_yaml()}\n---\n\n{text}", encoding="utf-8")
