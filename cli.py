@@ -3,17 +3,20 @@
 import argparse
 import gc
 import logging
+import math
 import os
 import pickle
-import random
 import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
+from types import NoneType
+from typing import Self, get_args, get_origin
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -68,139 +71,207 @@ def printable(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Options
+# What an option is
 # ------------------------------------------------------------------------------------------------------------
+
+LARGEST = 2**31 - 1  # more than any option makes sense with, and what every library's integers hold
+
+
+def option(
+    default,
+    help: str,
+    low: float = -LARGEST,
+    high: float = LARGEST,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    slider: tuple[float, float, float] | None = None,
+    may_change: bool = False,
+):
+    """A field of a `Settings` class: all there is to know of an option, declared once.
+
+    Args:
+        help: what it means, with its unit.
+        low, high: bounds of a number, both included.
+        choices: the values that a text may have.
+        aliases: further names on the command line.
+        slider: lowest value, highest value and step of its slider on the chat page.
+        may_change: a resumed run takes another value than it was started with.
+    """
+    about = locals()
+    del about["default"]
+    return field(default=default, metadata=about)
+
+
+def kind_of(option: Field) -> type:
+    """bool, int, float, str or list: the type that an option's annotation names, `None` left out."""
+    kind = next((kind for kind in get_args(option.type) if kind is not NoneType), option.type)
+    return get_origin(kind) or kind
+
+
+def expected(option: Field, value) -> str:
+    """The values that an option takes, in words, of which `value` is none."""
+    kind, low, high = kind_of(option), option.metadata["low"], option.metadata["high"]
+    if kind is bool:
+        return "on or off"
+    if kind not in (int, float):
+        return f"one of {', '.join(filter(None, option.metadata['choices']))}" if option.metadata["choices"] else "text"
+    bounds = [f"at least {low}"] * (low > -LARGEST) + [f"at most {high}"] * (
+        high < LARGEST or (type(value) in (int, float) and value > high)
+    )
+    number = "a whole number" if kind is int else "a number"
+    return f"{number} of {' and '.join(bounds)}" if bounds else number
+
+
+def accepts(option: Field, value) -> bool:
+    """Whether an option takes `value`, of which JSON or a caller may have made any type."""
+    kind = kind_of(option)
+    if value is None:
+        return option.default is None
+    if kind in (int, float):  # True counts as a whole number in Python; nan is outside of all bounds
+        return type(value) in (int, kind) and option.metadata["low"] <= value <= option.metadata["high"]
+    return isinstance(value, kind) and (not option.metadata["choices"] or value in option.metadata["choices"])
+
+
+def parse_value(option: Field, text: str):
+    """The value of an option from what was typed.
+
+    Raises:
+        ArgumentTypeError: the option has no such value. argparse prints its text, which says what was expected.
+    """
+    kind = kind_of(option)
+    try:
+        value = {"on": True, "true": True, "off": False, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        value = math.nan
+    if not accepts(option, value):
+        raise argparse.ArgumentTypeError(f"expected {expected(option, value)}, found '{text}'")
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options, declared as the fields of a subclass. Values are checked wherever they come from."""
+
+    def __post_init__(self):
+        for name, option in self.options().items():
+            value = getattr(self, name)
+            if not accepts(option, value):
+                raise UserError(f"{name}: expected {expected(option, value)}, found {value!r}")
+
+    @classmethod
+    def options(cls) -> dict[str, Field]:
+        """The fields that are options, by name."""
+        return {field.name: field for field in fields(cls) if field.metadata}
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Let `parser` read these options. --help shows them as a group, headed by the class's first line."""
+        group = parser.add_argument_group(cls.__doc__.split("\n")[0].rstrip("."))
+        for name, option in cls.options().items():
+            kind = kind_of(option)
+            how = {
+                bool: {"action": "store_true"},
+                list: {"action": "append"},
+            }.get(kind, {"type": partial(parse_value, option), "choices": option.metadata["choices"] or None})
+            names = [f"--{each}" for each in (name, *option.metadata["aliases"])]
+            group.add_argument(*names, default=option.default, help=option.metadata["help"], **how)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        """The settings that a parser read. args: may hold the options of other classes too."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in vars(args).items() if name in known})
+
+    def changed(self, name: str, text: str) -> Self:
+        """These settings with the option `name` set to what a user typed.
+
+        Raises:
+            UserError: there is no such option, or it has no such value.
+        """
+        options = self.options()
+        if name not in options:
+            raise UserError(f"no option '{name}'; there are {', '.join(options)}")
+        try:
+            return replace(self, **{name: parse_value(options[name], text)})
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows every default and reports a mistake in one line."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, *settings: type[Settings]):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for each in settings:
+            each.add_to(self)
 
     def error(self, message: str):
         print(f"error: {message} (see: python {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
-LARGEST = 2**31 - 1  # more than any option makes sense with, and what every library's integers hold
+# ------------------------------------------------------------------------------------------------------------
+# Options of more than one script
+# ------------------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, low: float = -LARGEST, high: float = LARGEST) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` between `low` and `high`, both included."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            bounds = [f"at least {low}"] * (low > -LARGEST) + [f"at most {high}"] * (high < LARGEST or value > high)
-            of = f" of {' and '.join(bounds)}" if bounds else ""
-            raise argparse.ArgumentTypeError(f"expected {what}{of}, found '{text}'")
-        return value
-
-    return parse
+BF16 = option(False, "compute in bfloat16; weights that are trained stay in float32")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RERANK = ("mc", "lm", "both")  # how the best of several replies is chosen
 
 
-FINETUNED_NOTE = "; openai-gpt: the published model, fine-tuned on PersonaChat"
+@dataclass(frozen=True)
+class CommonSettings(Settings):
+    """Options of all three scripts."""
 
-
-def add_model_options(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """The options that say which model, which data and which machine: the same in all three scripts."""
-    parser.add_argument(
-        "--model",
-        "--model_checkpoint",
-        default="openai-gpt",
-        help="short name or hub id (openai-gpt, gpt2, ...), folder, .tar.gz, .gguf, or URL of one" + note,
+    model: str = option(
+        "openai-gpt", "short name, hub id, folder, .tar.gz, .gguf, or URL of one", aliases=("model_checkpoint",)
     )
-    parser.add_argument(
-        "--pre_tokenizer",
-        choices=["spacy", "basic"],
-        help="how text is cut into words before openai-gpt's BPE; default: what the checkpoint says, else spacy",
+    pre_tokenizer: str | None = option(
+        None, "how openai-gpt's text is cut into words; default: as its folder says", choices=("spacy", "basic")
     )
-    parser.add_argument("--dataset_path", default="", help="path or URL of a dataset; empty: download PersonaChat")
-    parser.add_argument("--dataset_cache", default="./dataset_cache.bin", help="where the tokenised dataset is kept")
-    parser.add_argument("--max_history", type=number(int, 0), default=2, help="exchanges of history to keep")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu or mps"
-    )
+    dataset_path: str = option("", "path or URL of a dataset; empty: download PersonaChat")
+    dataset_cache: str = option("./dataset_cache.bin", "where the tokenised dataset is kept", may_change=True)
+    max_history: int = option(2, "exchanges of history to keep", low=0)
+    device: str = option(DEVICE, "cuda, cuda:1, cpu or mps", may_change=True)
+    bf16: bool = BF16
+    seed: int = option(42, "of everything random; in a chat 0 is another one each time", low=0)
 
 
-def add_valid_path(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--valid_path", default="", help="path or URL of the validation data, if --dataset_path has none"
-    )
+@dataclass(frozen=True)
+class DatasetSettings(CommonSettings):
+    """Options of the scripts that read a whole dataset, in one process or many."""
+
+    valid_path: str = option("", "path or URL of the validation data, if --dataset_path has none")
+    local_rank: int = option(-1, "set by launchers", aliases=("local-rank",), may_change=True)
 
 
-def add_seed(parser: argparse.ArgumentParser, note: str) -> None:
-    parser.add_argument("--seed", type=number(int, 0), default=42, help=note)
+@dataclass(frozen=True)
+class Decoding(Settings):
+    """How a reply is drawn."""
 
-
-def add_local_rank(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers")
-
-
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how a reply is drawn."""
-    parser.add_argument("--no_sample", action="store_true", help="greedy decoding: always the likeliest token")
-    parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")
-    parser.add_argument("--min_length", type=number(int, 0), default=1, help="shortest reply, in tokens")
-    parser.add_argument(
-        "--temperature", type=number(float, 1e-6), default=0.7, help="below 1 sharpens, above 1 flattens"
-    )
-    parser.add_argument("--top_k", type=number(int), default=0, help="sample among the k likeliest tokens (<= 0: off)")
-    parser.add_argument(
-        "--top_p",
-        type=number(float, high=1.0),
-        default=0.9,
-        help="sample among the likeliest tokens that together reach this probability (<= 0: off)",
-    )
-    parser.add_argument("--n_replies", type=number(int, 1, 64), default=1, help="draw this many and take the best")
-    parser.add_argument(
-        "--rerank",
-        choices=["mc", "lm", "both"],
-        default="both",
-        help="the best by the multiple-choice head, by likelihood per token, or by the sum of both (log-probabilities)",
-    )
-    parser.add_argument(
-        "--no_repeat_ngram",
-        type=number(int, 0),
-        default=0,
-        help="never a sequence of this many tokens that the reply or the history already holds (0: off)",
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=number(float, 1.0, 10.0),
-        default=1.0,
-        help="above 1: tokens that the reply or the history already holds are less likely (Keskar et al. 2019)",
+    no_sample: bool = option(False, "greedy decoding: always the likeliest token")
+    max_length: int = option(20, "longest reply, in tokens", low=1, slider=(1, 200, 1))
+    min_length: int = option(1, "shortest reply, in tokens", low=0)
+    temperature: float = option(0.7, "below 1 sharpens, above 1 flattens", low=1e-6, slider=(0.05, 2, 0.05))
+    top_k: int = option(0, "sample among the k likeliest tokens (<= 0: off)", slider=(0, 200, 1))
+    top_p: float = option(0.9, "sample in the nucleus of this probability (<= 0: off)", high=1.0, slider=(0, 1, 0.01))
+    n_replies: int = option(1, "draw this many replies and give the best", low=1, high=64, slider=(1, 16, 1))
+    rerank: str = option("both", "best by the head, by likelihood per token, or by their sum", choices=RERANK)
+    no_repeat_ngram: int = option(0, "never repeat so many tokens of what was said (0: off)", low=0, slider=(0, 8, 1))
+    repetition_penalty: float = option(
+        1.0, "above 1: tokens of what was said are less likely", low=1.0, high=10.0, slider=(1, 2, 0.05)
     )
 
-
-class LineParser(Parser):
-    """A parser of what is typed while the program runs: a mistake is a `UserError`."""
-
-    def error(self, message: str):
-        raise UserError(message)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.no_sample and self.n_replies > 1:
+            raise UserError(f"n_replies {self.n_replies} with no_sample would be the same reply each time; drop one")
 
 
-def decoding_option(name: str, text: str):
-    """The value of the decoding option `name` from what was typed.
-
-    Raises:
-        UserError: there is no such option, or it has no such value; it says what is possible.
-    """
-    parser = LineParser("decoding options")
-    add_decoding_options(parser)
-    defaults = vars(parser.parse_args([]))
-    if name not in defaults:
-        raise UserError(f"no option '{name}'; there are {', '.join(defaults)}")
-    if not isinstance(defaults[name], bool):
-        return getattr(parser.parse_args([f"--{name}={text}"]), name)
-    if text.lower() not in ("on", "off", "true", "false"):
-        raise UserError(f"{name}: expected on or off, found '{text}'")
-    return text.lower() in ("on", "true")
+# ------------------------------------------------------------------------------------------------------------
+# Processes: one, or those that torchrun started
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_device(name: str) -> torch.device:
@@ -213,52 +284,38 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def set_seed(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def launched_rank(local_rank: int) -> int | None:
+    """This process's number on its machine, from the launcher's environment or --local_rank; None without a launcher.
 
-
-MAX_MESSAGE = 2000  # characters that a person may say at once: about a page, and more than a model sees
-
-
-def check_message(text: str) -> str:
-    """`text` as it can be answered. Raises UserError where it is empty or too long."""
-    text = text.strip()
-    if not text:
-        raise UserError("the message is empty; type something")
-    if len(text) > MAX_MESSAGE:
-        raise UserError(f"the message has {len(text)} characters; expected at most {MAX_MESSAGE}, so shorten it")
-    return text
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes: one, or those that torchrun started
-# ------------------------------------------------------------------------------------------------------------
-
-
-def join_processes(args: argparse.Namespace) -> torch.device:
-    """Join the process group that a launcher described in the environment, if one did; this process's device."""
-    given = dict(os.environ)
-    if args.local_rank != -1:
-        given["LOCAL_RANK"] = str(args.local_rank)
-    if not given.keys() & {"LOCAL_RANK", "RANK"}:
-        return check_device(args.device)
+    Raises:
+        UserError: a rank is given, but not the rest of what a launcher sets.
+    """
+    environment = dict(os.environ)
+    if local_rank != -1:
+        environment["LOCAL_RANK"] = str(local_rank)
+    if not environment.keys() & {"LOCAL_RANK", "RANK"}:
+        return None
     needed = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if not given.get(name)]
+    missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(
             f"a rank is given but not {', '.join(missing)}, which a launcher sets in the environment; "
             "start with torchrun --nproc_per_node=N before the script, or without any rank for one process"
         )
-    os.environ["LOCAL_RANK"] = given["LOCAL_RANK"]
-    device, local_rank = check_device(args.device), int(given["LOCAL_RANK"])
+    os.environ["LOCAL_RANK"] = environment["LOCAL_RANK"]
+    return int(environment["LOCAL_RANK"])
+
+
+def join_processes(device_name: str, local_rank: int) -> torch.device:
+    """Join the process group that a launcher described in the environment, if one did; this process's device."""
+    device, local_rank = check_device(device_name), launched_rank(local_rank)
+    if local_rank is None:
+        return device
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None or local_rank >= count:
             raise UserError(
-                f"--device {args.device} with a process of local rank {local_rank} on a machine of {count} GPUs; "
+                f"--device {device_name} with a process of local rank {local_rank} on a machine of {count} GPUs; "
                 "each process needs a GPU of its own: start as many as there are, with --device cuda"
             )
         device = torch.device("cuda", local_rank)
@@ -266,32 +323,11 @@ def join_processes(args: argparse.Namespace) -> torch.device:
     # The timeout must allow for a download; a process that dies is noticed by torchrun, or by its closed sockets.
     timeout = timedelta(minutes=30)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a restart, and what the processes before wrote there would be taken for news.
+    # torchrun's store outlives a restart of the processes. Without a prefix of their own they would read what the
+    # processes before them wrote.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if rank != 0:
         log.setLevel(logging.ERROR)
     return device
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's number, and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value) -> list:
-    """Every process's value, in every process."""
-    values = [value] * rank_and_size()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def all_sum(*values: float, device: torch.device) -> list[float]:
-    """The sum of each value over all processes, in float64."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()

@@ -1,6 +1,5 @@
 """Evaluate a model as the ConvAI2 competition did: Hits@1, word perplexity and F1, without ParlAI."""
 
-import argparse
 import json
 import math
 import platform
@@ -8,31 +7,18 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import NamedTuple
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import (
-    FINETUNED_NOTE,
-    Parser,
-    UserError,
-    add_decoding_options,
-    add_local_rank,
-    add_model_options,
-    add_seed,
-    add_valid_path,
-    join_processes,
-    log,
-    number,
-    rank_and_size,
-    run_script,
-)
+from cli import DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
 from files import find_finetuned_model, typed_path
 from inputs import Instances, batches_by_length
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
@@ -47,22 +33,20 @@ TIE = 1e-5  # scores this close are equal: what differs is rounding, which depen
 GENERATION_BATCH = 8  # a generated row has one continuation where a scored one has twenty: it takes more of them
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add_model_options(parser, note=FINETUNED_NOTE)
-    add_valid_path(parser)
-    add_local_rank(parser)
-    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
-    parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="utterances per forward pass")
-    parser.add_argument("--limit", type=number(int, 0), default=0, help="evaluate the first so many replies (0: all)")
-    parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
-    parser.add_argument(
-        "--output", default="", help="write every figure, with settings and versions, to this JSON file"
-    )
-    parser.add_argument("--predictions", default="", help="JSON lines file for replies, ranks and scores")
-    add_seed(parser, "of sampled replies; each has a generator of its own")
-    add_decoding_options(parser)
-    return parser.parse_args()
+@dataclass(frozen=True)
+class EvaluationSettings(DatasetSettings):
+    """Options of convai_evaluation.py."""
+
+    eval_type: str = option("hits@1", "what to measure", choices=("hits@1", "ppl", "f1", "all"))
+    valid_batch_size: int = option(4, "utterances per forward pass", low=1)
+    limit: int = option(0, "evaluate the first so many replies (0: all)", low=0)
+    output: str = option("", "write every figure, with settings and versions, to this JSON file")
+    predictions: str = option("", "JSON lines file for replies, ranks and scores")
+
+
+def parse_settings() -> tuple[EvaluationSettings, Decoding]:
+    args = Parser(__doc__, EvaluationSettings, Decoding).parse_args()
+    return EvaluationSettings.from_args(args), Decoding.from_args(args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,9 +186,9 @@ def join_ranks(results: Results, device: torch.device) -> Results:
 
 
 @torch.inference_mode()
-def score(model, instances: Instances, words: WordModel | None, args: argparse.Namespace, results: Results) -> None:
+def score(model, instances: Instances, words: WordModel | None, batch_size: int, results: Results) -> None:
     """Multiple-choice scores and likelihoods of tokens and words; each prefix is encoded once for all of them."""
-    loader = rank_loader(instances, args.valid_batch_size, len(results.nll))
+    loader = rank_loader(instances, batch_size, len(results.nll))
     with progress("score", loader) as bar:
         for rows, batch in zip(loader.batch_sampler, loader, strict=True):
             batch = batch.to(model.device)
@@ -239,19 +223,19 @@ def score_words(model, hidden, batch, rows: list[int], spelled: list[Spelling], 
             np.add.at(results.words, owners.numpy(), 1)
 
 
-def generate_all(model, instances: Instances, args: argparse.Namespace, results: Results) -> None:
+def generate_all(model, instances: Instances, decoding: Decoding, seed: int, batch_size: int, results: Results) -> None:
     """A reply to every utterance, in batches of prefixes of like length."""
-    from generation import Decoding, generate_replies
+    from generation import generate_replies
 
-    decoding, longest = Decoding.from_args(args), min(args.max_length, model.limit // 2)
-    loader = rank_loader(instances, GENERATION_BATCH * args.valid_batch_size, len(results.nll))
+    longest = min(decoding.max_length, model.limit // 2)
+    loader = rank_loader(instances, GENERATION_BATCH * batch_size, len(results.nll))
     with progress("generate", loader) as bar:
         for batch in loader.batch_sampler:
             prefixes = {row: instances.prefix(row, longest) for row in batch}
             # A persona may leave less room than `longest`. A reply's room must not depend on its batch's other rows.
             for room in {room for _, room in prefixes.values()}:
                 rows = [row for row in batch if prefixes[row][1] == room]
-                generators = [reply_generator(args.seed, row) for row in rows]
+                generators = [reply_generator(seed, row) for row in rows]
                 of_rows, options = [prefixes[row][0] for row in rows], replace(decoding, max_length=room)
                 for row, reply in zip(rows, generate_replies(model, of_rows, options, generators), strict=True):
                     results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
@@ -265,12 +249,12 @@ def reply_generator(seed: int, utterance: int) -> torch.Generator:
 
 def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
     """This process's batches of the first `size` utterances."""
-    return batches_by_length(instances, batch_size, size, *rank_and_size())
+    return batches_by_length(instances, batch_size, size, idist.get_rank(), idist.get_world_size())
 
 
 def progress(name: str, loader: DataLoader) -> tqdm:
     total = sum(map(len, loader.batch_sampler))
-    return tqdm(total=total, desc=name, unit=" replies", disable=rank_and_size()[0] > 0)
+    return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,14 +358,14 @@ def print_table(figures: dict[str, float]) -> None:
     print()
 
 
-def write_report(path: str, figures: dict[str, float], args: argparse.Namespace, seconds: float) -> None:
+def write_report(path: str, figures: dict[str, float], settings: dict, seconds: float) -> None:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
     known = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no nan
-    report = {"figures": known, "settings": vars(args), "versions": versions, "seconds": round(seconds, 1)}
+    report = {"figures": known, "settings": settings, "versions": versions, "seconds": round(seconds, 1)}
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
@@ -411,26 +395,28 @@ def write_text(path: str, text: str, mode: str = "w") -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error
 
 
-def evaluate(model, splits: dict[str, Split], tokenizer: DialogTokenizer, args: argparse.Namespace):
+def evaluate(
+    model, splits: dict[str, Split], tokenizer: DialogTokenizer, settings: EvaluationSettings, decoding: Decoding
+):
     """Every figure that was asked for, and what it was made of: (figures, results, ranks, replies)."""
     split = splits["valid"]
-    size = min(len(split), args.limit or len(split))
-    wanted = {"hits@1", "ppl", "f1"} if args.eval_type == "all" else {args.eval_type}
-    results = Results.empty(size, split.most_candidates() if "hits@1" in wanted else 1, args.max_length)
+    size = min(len(split), settings.limit or len(split))
+    wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
+    results = Results.empty(size, split.most_candidates() if "hits@1" in wanted else 1, decoding.max_length)
     words = WordModel(splits, tokenizer) if "ppl" in wanted else None
     instances = Instances(
         split,
         tokenizer.ids,
-        args.max_history,
+        settings.max_history,
         model.limit,
         num_candidates=0 if "hits@1" in wanted else 1,
         extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else None,
     )
     instances.report_cuts("validation")
     if wanted & {"hits@1", "ppl"}:
-        score(model, instances, words, args, results)
+        score(model, instances, words, settings.valid_batch_size, results)
     if "f1" in wanted:
-        generate_all(model, instances, args, results)
+        generate_all(model, instances, decoding, settings.seed, settings.valid_batch_size, results)
     results = join_ranks(results, model.device)
 
     figures, ranks, replies = {"utterances": size}, [], []
@@ -445,7 +431,9 @@ def evaluate(model, splits: dict[str, Split], tokenizer: DialogTokenizer, args: 
     return figures, results, ranks, replies
 
 
-def report(figures, results, ranks, replies, split: Split, args: argparse.Namespace, seconds: float) -> None:
+def report(
+    figures, results, ranks, replies, split: Split, settings: EvaluationSettings, decoding: Decoding, seconds: float
+) -> None:
     """The table, the FINAL lines, and the files that were asked for."""
     print_table(figures)
     if "hits@1" in figures:
@@ -454,39 +442,39 @@ def report(figures, results, ranks, replies, split: Split, args: argparse.Namesp
         print(f"FINAL PPL: {figures['word_ppl']:.1f}")
     if "f1" in figures:
         print(f"FINAL F1: {figures['f1']:.3f}")
-    if args.output:
-        write_report(args.output, figures, args, seconds)
-    if args.predictions:
-        write_predictions(args.predictions, split, results, ranks, replies)
+    if settings.output:
+        write_report(settings.output, figures, asdict(settings) | asdict(decoding), seconds)
+    if settings.predictions:
+        write_predictions(settings.predictions, split, results, ranks, replies)
 
 
 def main() -> None:
-    args = parse_args()
-    device = join_processes(args)
+    settings, decoding = parse_settings()
+    device = join_processes(settings.device, settings.local_rank)
     started = time.monotonic()
-    for path in filter(None, (args.output, args.predictions)):
+    for path in filter(None, (settings.output, settings.predictions)):
         write_text(path, "", "a")  # an hour later would be late to hear that it cannot be written
-    from ignite.distributed import one_rank_first
-
-    training = None if args.valid_path and not args.dataset_path else args.dataset_path  # None: nothing is needed
-    with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
-        files = find_finetuned_model(args.model)
-        tokenizer = load_tokenizer(files, args.pre_tokenizer)
+    training = (
+        None if settings.valid_path and not settings.dataset_path else settings.dataset_path
+    )  # None: nothing is needed
+    with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+        files = find_finetuned_model(settings.model)
+        tokenizer = load_tokenizer(files, settings.pre_tokenizer)
         splits = load_dataset(
-            training, args.valid_path, args.dataset_cache, tokenizer, progress=rank_and_size()[0] == 0
+            training, settings.valid_path, settings.dataset_cache, tokenizer, progress=idist.get_rank() == 0
         )
         from cpu import pack_weights
         from model import load_model
 
         model = load_model(files, tokenizer, device)
-    if args.bf16:
+    if settings.bf16:
         model.bfloat16()
     pack_weights(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
-    figures, results, ranks, replies = evaluate(model, splits, tokenizer, args)
-    if rank_and_size()[0] == 0:
-        report(figures, results, ranks, replies, splits["valid"], args, time.monotonic() - started)
+    figures, results, ranks, replies = evaluate(model, splits, tokenizer, settings, decoding)
+    if idist.get_rank() == 0:
+        report(figures, results, ranks, replies, splits["valid"], settings, decoding, time.monotonic() - started)
     if dist.is_initialized():
         dist.destroy_process_group()
 

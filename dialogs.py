@@ -266,3 +266,16 @@ def training_texts(name: str, valid_name: str) -> Iterator[str]:
         for utterance in dialog.utterances:
             yield from utterance.history[-1:]
             yield utterance.candidates[-1]
+
+
+MAX_MESSAGE = 2000  # characters that a person may say at once: about a page, and more than a model sees
+
+
+def check_message(text: str) -> str:
+    """`text` as it can be answered. Raises UserError where it is empty or too long."""
+    text = text.strip()
+    if not text:
+        raise UserError("the message is empty; type something")
+    if len(text) > MAX_MESSAGE:
+        raise UserError(f"the message has {len(text)} characters; expected at most {MAX_MESSAGE}, so shorten it")
+    return text

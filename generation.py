@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from cli import UserError, decoding_option
+from cli import Decoding
 from inputs import build_prefix, fit
 from model import DialogModel
 from utils import DialogTokenizer
@@ -19,34 +19,6 @@ from utils import DialogTokenizer
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 # ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Decoding:
-    """How a reply is drawn: the options of `utils.add_decoding_options`."""
-
-    no_sample: bool = False
-    max_length: int = 20
-    min_length: int = 1
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.9
-    n_replies: int = 1
-    rerank: str = "both"
-    no_repeat_ngram: int = 0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        if self.no_sample and self.n_replies > 1:
-            raise UserError(f"n_replies {self.n_replies} with no_sample would be the same reply each time; drop one")
-
-    @classmethod
-    def from_args(cls, args) -> "Decoding":
-        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
-
-    def changed(self, name: str, text: str) -> "Decoding":
-        """With the option `name` set to what a user typed."""
-        return replace(self, **{name: decoding_option(name, text)})
 
 
 NUCLEI = 64, 1024  # tokens: sizes to try before the whole vocabulary

@@ -1,6 +1,5 @@
 """Talk to a fine-tuned model in the terminal, or with --web in a browser."""
 
-import argparse
 import contextlib
 import glob
 import importlib.util
@@ -13,50 +12,60 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from cli import (
-    FINETUNED_NOTE,
+    CommonSettings,
+    Decoding,
     Parser,
+    Settings,
     UserError,
-    add_decoding_options,
-    add_model_options,
-    add_seed,
     check_device,
-    check_message,
+    kind_of,
     log,
-    number,
+    option,
     printable,
     run_script,
-    set_seed,
 )
-from dialogs import is_record, load_personas, read_dataset
+from dialogs import check_message, is_record, load_personas, read_dataset
 from files import find_finetuned_model, typed_path, whole_files
 from utils import load_tokenizer
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add_model_options(parser, note=FINETUNED_NOTE)
-    add_decoding_options(parser)
-    persona = parser.add_mutually_exclusive_group()
-    persona.add_argument("--personality", action="append", help="a sentence of the persona; can be repeated")
-    persona.add_argument("--personality_file", help="a text file with a sentence of the persona in each line")
-    add_seed(parser, "of persona and replies (0: other ones on each run)")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--transcript", help="a JSON lines file to which each turn is added, as training data")
-    place.add_argument("--web", action="store_true", help="a chat page and an OpenAI-compatible endpoint, not a prompt")
-    web = parser.add_argument_group("with --web")
-    web.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine's")
-    web.add_argument("--port", type=number(int, 0, 65535), default=7860, help="0: any free one")
-    web.add_argument("--max_queue", type=number(int, 1), default=16, help="replies that may wait; more are refused")
-    web.add_argument("--share", action="store_true", help="also a public link, through Gradio's server")
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class ChatSettings(CommonSettings):
+    """Options of interact.py."""
+
+    personality: list[str] | None = option(None, "a sentence of the persona; can be repeated")
+    personality_file: str = option("", "a text file with a sentence of the persona in each line")
+    transcript: str = option("", "a JSON lines file to which each turn is added, as training data")
+    web: bool = option(False, "a chat page and an OpenAI-compatible endpoint, not a prompt")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for one, other in (("personality", "personality_file"), ("transcript", "web")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"--{one} and --{other} do not go together; give one of them")
+
+
+@dataclass(frozen=True)
+class WebSettings(Settings):
+    """With --web."""
+
+    host: str = option("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine's")
+    port: int = option(7860, "0: any free one", low=0, high=65535)
+    max_queue: int = option(16, "replies that may wait; more are refused", low=1)
+    share: bool = option(False, "also a public link, through Gradio's server")
+
+
+def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
+    classes = ChatSettings, Decoding, WebSettings
+    args = Parser(__doc__, *classes).parse_args()
     if args.web and importlib.util.find_spec("gradio") is None:
         raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
-    return args
+    return tuple(each.from_args(args) for each in classes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -64,14 +73,14 @@ def parse_args() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def choose_persona(args: argparse.Namespace) -> list[str]:
+def choose_persona(settings: ChatSettings) -> list[str]:
     """The persona given by the options, or one drawn from the dataset."""
-    if args.personality:
-        return args.personality
-    if args.personality_file:
-        return read_persona(args.personality_file, "--personality_file")
+    if settings.personality:
+        return settings.personality
+    if settings.personality_file:
+        return read_persona(settings.personality_file, "--personality_file")
     try:
-        return random.choice(load_personas(args.dataset_path))
+        return random.choice(load_personas(settings.dataset_path))
     except UserError as error:
         raise UserError(f"{error}; or give a persona with --personality 'i like cats.'") from error
 
@@ -143,16 +152,16 @@ def completions(before: list[str], word: str) -> list[str]:
     if before in (["/save"], ["/load"], ["/persona", "set"]):
         paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
         return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
-    parser = Parser("")
-    add_decoding_options(parser)
-    choices = {
+    of_option = {
+        ("/set", name): ("on", "off") if kind_of(known) is bool else known.metadata["choices"]
+        for name, known in Decoding.options().items()
+    }
+    choices = of_option | {
         (): sorted({usage.split()[0] for usage in COMMANDS}) if word.startswith("/") else [],
         ("/persona",): ["add", "set", "random"],
-        ("/set",): list(vars(parser.parse_args([]))),
-        ("/set", "no_sample"): ["on", "off"],
-        ("/set", "rerank"): ["mc", "lm", "both"],
-    }.get(tuple(before), [])
-    return [choice + " " for choice in choices if choice.startswith(word)]
+        ("/set",): list(Decoding.options()),
+    }
+    return [choice + " " for choice in choices.get(tuple(before), ()) if choice.startswith(word)]
 
 
 @contextlib.contextmanager
@@ -352,9 +361,9 @@ class Terminal:
         if name and (value or name not in options):
             self.chat.decoding = self.chat.decoding.changed(name, value.strip())
             options = asdict(self.chat.decoding)
-        for option in [name] if name else options:
-            value = options[option]
-            print(f"{option} {('off', 'on')[value] if isinstance(value, bool) else value}")
+        for shown in [name] if name else options:
+            value = options[shown]
+            print(f"{shown} {('off', 'on')[value] if isinstance(value, bool) else value}")
 
     def do_save(self, name: str) -> None:
         path = typed_path(name)
@@ -388,38 +397,39 @@ def answer_lines(chat, transcript: Transcript | None) -> None:
 
 
 def main() -> None:
-    args = parse_args()
-    device = check_device(args.device)
-    seed = args.seed or random.SystemRandom().randrange(1, 2**31)
-    set_seed(seed)
-    persona = choose_persona(args)
-    transcript = Transcript(args.transcript) if args.transcript else None
+    settings, decoding, web_settings = parse_settings()
+    device = check_device(settings.device)
+    seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
+    random.seed(seed)
+    persona = choose_persona(settings)
+    transcript = Transcript(settings.transcript) if settings.transcript else None
 
-    files = find_finetuned_model(args.model)
-    tokenizer = load_tokenizer(files, args.pre_tokenizer)
+    files = find_finetuned_model(settings.model)
+    tokenizer = load_tokenizer(files, settings.pre_tokenizer)
 
     # Heavy: after all that can be told to be wrong at once.
     from cpu import pack_weights
-    from generation import Conversation, Decoding
+    from generation import Conversation
     from model import load_model
 
-    decoding = Decoding.from_args(args)
     model = load_model(files, tokenizer, device)
+    if settings.bf16:
+        model.bfloat16()
     pack_weights(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs, so expect nonsense; train it with train.py")
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
     threading.Thread(target=tokenizer.encode, args=(persona,)).start()
-    if args.web:
+    if settings.web:
         from web import serve
 
-        serve(args, model, tokenizer, persona, decoding, seed)
+        serve(settings, web_settings, model, tokenizer, persona, decoding, seed)
         return
-    chat = Conversation(model, tokenizer, persona, decoding, args.max_history, seed)
+    chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not
     try:
         if sys.stdin.isatty():
-            Terminal(chat, transcript, args.dataset_path).run()
+            Terminal(chat, transcript, settings.dataset_path).run()
         else:
             answer_lines(chat, transcript)
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """What a run leaves: its folder, settings, log, checkpoints to resume from, curves and model card."""
 
-import argparse
 import json
 import math
 import os
@@ -12,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 
-from cli import UserError, first_line, gather, log, rank_and_size
+from cli import UserError, first_line, log
 from files import make_folder, whole_files
 
 RUNS = Path(__file__).resolve().parent / "runs"
@@ -111,11 +111,11 @@ def open_log(folder: Path, step: int) -> Callable[[dict], None]:
     return append
 
 
-def write_settings(folder: Path, model, tokenizer, args: argparse.Namespace) -> None:
+def write_settings(folder: Path, model, tokenizer, settings) -> None:
     """All of a run folder but the weights."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "local_rank")}
+    options = {name: value for name, value in asdict(settings).items() if name not in ("resume", "local_rank")}
     with whole_files(folder) as partial:
-        (partial / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (partial / "training_args.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
         model.lm.config.save_pretrained(partial)
 
@@ -136,6 +136,13 @@ class Progress:
     skipped_in_a_row: int = 0
     best: tuple[float, float] | None = None  # Hits@1 and -nll of the best epoch
 
+    def count_step(self, sampler, finite: bool) -> None:
+        """One more step. sampler: says how many utterances a step and an epoch have."""
+        self.step += 1
+        self.done = min(self.done + sampler.step_size, sampler.size)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     """The states of torch's generators, which dropout draws from; the order of the data is a matter of the seed."""
@@ -150,8 +157,8 @@ def save_checkpoint(folder: Path, learner, progress: Progress, size: int) -> Non
 
     Every process must call it. The file holds tensors and plain containers only.
     """
-    generators = gather(random_states(learner.device))
-    if rank_and_size()[0] != 0:
+    generators = idist.all_gather(random_states(learner.device))
+    if idist.get_rank() != 0:
         return
     state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
     make_folder(folder / "checkpoints")
@@ -174,7 +181,7 @@ def newest_checkpoint(folder: Path) -> dict | None:
     None where it was never called. Rank 0 says which file to read.
     """
     state, name = None, ""
-    if rank_and_size()[0] == 0:
+    if idist.get_rank() == 0:
         for path in reversed(checkpoints(folder)):
             try:
                 state, name = read_checkpoint(path), path.name
@@ -183,7 +190,7 @@ def newest_checkpoint(folder: Path) -> dict | None:
                 log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
         if state is None and checkpoints(folder):
             raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
-    name = gather(name)[0]
+    name = idist.all_gather(name)[0]
     if name and state is None:
         try:
             state = read_checkpoint(folder / "checkpoints" / name)
@@ -198,7 +205,7 @@ def read_checkpoint(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def restore(state: dict, learner, progress: Progress, size: int, args: argparse.Namespace) -> None:
+def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:
     """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
     if state["size"] != size:
         raise UserError(
@@ -208,16 +215,18 @@ def restore(state: dict, learner, progress: Progress, size: int, args: argparse.
     learner.load_state_dict(state["learner"])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
-    if progress.epoch > args.n_epochs > 0:
-        raise UserError(f"--n_epochs {args.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more")
-    rank, world_size = rank_and_size()
+    if progress.epoch > settings.n_epochs > 0:
+        raise UserError(
+            f"--n_epochs {settings.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more"
+        )
+    rank, world_size = idist.get_rank(), idist.get_world_size()
     states = state["generators"][rank] if len(state["generators"]) == world_size else {}
     if learner.device.type in states:
         torch.set_rng_state(states["cpu"])
         if learner.device.type != "cpu":
             torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
     else:
-        torch.manual_seed(hash((args.seed, progress.step, rank)))
+        torch.manual_seed(hash((settings.seed, progress.step, rank)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,7 +347,7 @@ def describe(
     partial: Path,
     folder: Path,
     best: tuple[float, float] | None,
-    args: argparse.Namespace,
+    settings,
     command: str,
     pre_tokenizer: str | None,
 ) -> None:
@@ -347,7 +356,7 @@ def describe(
     Args:
         partial: the folder to write them to.
         best: Hits@1 and -nll of the epoch whose weights the run folder gets or keeps; None: the last validation's.
-        args: train.py's; `base_model` is the hub's id of what training started from, "" where it has none.
+        settings: train.py's; `base_model` is the hub's id of what training started from, "" where it has none.
         command: that trains such a model.
     """
     from huggingface_hub import EvalResult, ModelCardData
@@ -355,7 +364,7 @@ def describe(
     steps, validations = read_log(folder)
     found = next((each for each in validations if (each["hits@1"], -each["nll"]) == tuple(best or ())), validations[-1])
     draw_curves(partial / "curves.png", steps, validations)
-    dataset = Path(urlsplit(args.dataset_path).path).name or "PersonaChat"
+    dataset = Path(urlsplit(settings.dataset_path).path).name or "PersonaChat"
     figures = {
         "accuracy": ("Hits@1", round(found["hits@1"], 4)),
         "perplexity": ("perplexity per token", round(found["token_ppl"], 2)),
@@ -365,8 +374,8 @@ def describe(
         model_name=folder.name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        language=None if args.dataset_path else "en",  # of other data it is not known
-        base_model=args.base_model or None,
+        language=None if settings.dataset_path else "en",  # of other data it is not known
+        base_model=settings.base_model or None,
         tags=["dialogue", "persona-chat", "transfertransfo"],
         eval_results=[
             EvalResult(**task, dataset_split="validation", metric_type=kind, metric_name=name, metric_value=value)
@@ -376,7 +385,7 @@ def describe(
     )
     text = CARD.format(
         name=folder.name,
-        model=args.model,
+        model=settings.model,
         dataset=dataset,
         command=command,
         table=results_table(steps, validations, found),

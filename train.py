@@ -1,9 +1,8 @@
 """Fine-tune a causal language model on dialogs with two heads: language modelling and multiple choice.
 
-One process, or many under torchrun: every process has the whole model and a share of each batch.
+One process, or many under torchrun: every process holds the whole model and takes a share of every step.
 """
 
-import argparse
 import contextlib
 import gc
 import json
@@ -15,50 +14,38 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 
 from cli import (
+    DatasetSettings,
+    Decoding,
     Parser,
     UserError,
-    add_local_rank,
-    add_model_options,
-    add_seed,
-    add_valid_path,
-    all_sum,
     first_line,
-    gather,
     join_processes,
     log,
-    number,
+    option,
     printable,
-    rank_and_size,
     run_script,
-    set_seed,
 )
 from dialogs import training_texts
-from files import (
-    HUB_NAMES,
-    ModelFiles,
-    find_model,
-    find_run,
-    is_url,
-    remove_unfinished,
-    typed_path,
-    whole_files,
-)
-from inputs import Batch, Instance, Instances, batches_by_length, collate
+from files import HUB_NAMES, ModelFiles, find_model, find_run, is_url, remove_unfinished, typed_path, whole_files
+from inputs import Batch, Instances, batches_by_length
+from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from runs import (
     RUNS,
     Progress,
+    describe,
     launcher,
     new_run_folder,
     newest_checkpoint,
@@ -68,107 +55,101 @@ from runs import (
     save_checkpoint,
     write_settings,
 )
-from utils import SpecialIds, load_dataset, load_tokenizer
+from utils import load_dataset, load_tokenizer
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_model_options(parser)
-    add_valid_path(parser)
-    parser.add_argument("--num_candidates", type=number(int, 1), default=2, help="candidates per training utterance")
-    parser.add_argument("--train_batch_size", type=number(int, 1), default=4, help="utterances per forward pass")
-    parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same for validation")
-    parser.add_argument("--gradient_accumulation_steps", type=number(int, 1), default=8, help="batches per step")
-    parser.add_argument("--lr", type=number(float, 0), default=6.25e-5, help="learning rate, falling to 0 linearly")
-    parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-modelling loss")
-    parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the multiple-choice loss")
-    parser.add_argument("--max_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    parser.add_argument("--n_epochs", type=number(int, 0), default=3, help="passes over the data (0: evaluate, save)")
-    parser.add_argument("--personality_permutations", type=number(int, 1), default=1, help="rotations of each persona")
-    parser.add_argument("--eval_before_start", action="store_true", help="evaluate before the first step too")
-    add_seed(parser, "of everything random")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--fp16",
-        choices=["", "O0", "O1", "O2", "O3"],
-        default="",
-        help="mixed precision by apex's names. O0: none; O1: autocast; O2: fp16 weights, fp32 master weights; O3: fp16",
-    )
-    precision.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="use less memory and more time")
-    parser.add_argument("--runs_dir", default=str(RUNS), help="where run folders are made")
-    parser.add_argument(
-        "--save_every", type=number(int, 0), default=500, help="steps between checkpoints (0: only after epochs)"
-    )
-    parser.add_argument("--keep_best", action="store_true", help="keep the epoch of best Hits@1, and not the last one")
-    parser.add_argument("--resume", default="", help="go on with this run folder, such as runs/latest, and its options")
-    add_local_rank(parser)
-    return parser
+@dataclass(frozen=True)
+class TrainingSettings(LearningSettings, DatasetSettings):
+    """Options of train.py."""
+
+    num_candidates: int = option(2, "candidates per training utterance", low=1)
+    train_batch_size: int = option(4, "utterances per forward pass", low=1, may_change=True)
+    valid_batch_size: int = option(4, "the same for validation", low=1, may_change=True)
+    gradient_accumulation_steps: int = option(8, "forward passes per optimiser step", low=1, may_change=True)
+    n_epochs: int = option(3, "passes over the data (0: evaluate and save)", low=0, may_change=True)
+    personality_permutations: int = option(1, "rotations of each persona", low=1)
+    eval_before_start: bool = option(False, "evaluate before the first step too", may_change=True)
+    save_every: int = option(500, "steps between checkpoints (0: only after epochs)", low=0, may_change=True)
+    keep_best: bool = option(False, "keep the epoch of best Hits@1, and not the last one", may_change=True)
+    runs_dir: str = option(str(RUNS), "where run folders are made", may_change=True)
+    resume: str = option("", "go on with this run folder, such as runs/latest, and its options", may_change=True)
+    base_model: str = ""  # the hub's id of what training started from; "" where it has none
+
+    @property
+    def step_size(self) -> int:
+        """Utterances that one process takes in one optimiser step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
 
 
-def parse_args() -> argparse.Namespace:
-    parser = build_parser()
-    args = parser.parse_args()
-    local = is_url(args.model) or os.path.exists(os.path.expanduser(args.model))
-    args.base_model = "" if local else HUB_NAMES.get(args.model, args.model)  # kept: a run may go on in another folder
-    return resumed_args(parser, args) if args.resume else args
+def parse_settings() -> TrainingSettings:
+    """The options of the command line; of a run that is resumed, with the options that it was started with."""
+    parser = Parser(__doc__, TrainingSettings)
+    settings = TrainingSettings.from_args(parser.parse_args())
+    if settings.resume:
+        return resumed_settings(parser, find_run(settings.resume))
+    local = is_url(settings.model) or os.path.exists(os.path.expanduser(settings.model))
+    return replace(settings, base_model="" if local else HUB_NAMES.get(settings.model, settings.model))
 
 
-# What a run may change when it goes on. The rest decides what its steps compute.
-CHANGEABLE = {
-    "resume",
-    "local_rank",
-    "runs_dir",
-    "device",
-    "dataset_cache",
-    "n_epochs",
-    "save_every",
-    "keep_best",
-    "eval_before_start",
-    "gradient_checkpointing",
-    "valid_batch_size",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-}
+def resumed_settings(parser: Parser, folder: Path) -> TrainingSettings:
+    """The options that a run was started with, and those of this command line that may differ from them.
 
-
-def resumed_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """The options that a run was started with, and those of this command line that may differ from them."""
-    path = find_run(args.resume) / "training_args.json"
+    Raises:
+        UserError: training_args.json is not what train.py wrote, or an option differs that decides what steps compute.
+    """
+    path = folder / "training_args.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        before = argparse.Namespace(**{"base_model": ""} | saved)  # older runs do not say what they started from
-        args = parser.parse_args(namespace=before)  # only what was given replaces what was saved
-    except (OSError, ValueError, TypeError) as error:
+        saved = TrainingSettings(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, UserError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}; expected what train.py wrote") from error
-    for name, value in saved.items():
-        if name not in CHANGEABLE and getattr(args, name) != value:
+    parser.set_defaults(**asdict(saved))  # so that only what was given replaces what was saved
+    settings = TrainingSettings.from_args(parser.parse_args())
+    for name, known in TrainingSettings.options().items():
+        before, now = getattr(saved, name), getattr(settings, name)
+        if now != before and not known.metadata["may_change"]:
             raise UserError(
-                f"--{name} {getattr(args, name)}: {path.parent} was started with '{value}', and a run cannot change "
-                "that; leave the option out, or start a new run"
+                f"--{name} {now}: {folder} was started with '{before}', and a run cannot change that; "
+                "leave the option out, or start a new run"
             )
-    return args
+    return settings
+
+
+def training_command(settings: TrainingSettings) -> str:
+    """The command that trains so: the options that differ from their defaults, without those that only name places."""
+    words = []
+    for name, known in settings.options().items():
+        value = getattr(settings, name)
+        if value != known.default and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes
+# Processes and signals
 # ------------------------------------------------------------------------------------------------------------
+
+
+def launch_command() -> str:
+    """What starts as many processes as there are now."""
+    size = idist.get_world_size()
+    return "python" if size == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size)}"
 
 
 def leave_processes(learner: "Learner") -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
+        # DDP must go before the group. As the last to hold the group, it can wait for the group's threads for ever.
         learner.parallel = learner.model
-        gc.collect()  # DDP goes first: as the last to hold the group it can wait for the group's threads for ever
+        gc.collect()
         dist.destroy_process_group()
 
 
-class Stopped(Exception):
-    """Training was asked to end, and all processes stand between the same two steps."""
-
-
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C while it is entered, for training to end at the next step; a second Ctrl-C kills."""
+    """Notes SIGTERM and Ctrl-C while it is entered, so that training ends at the next step. A second Ctrl-C kills."""
 
     number = 0
 
@@ -179,139 +160,13 @@ class StopSignal:
     def note(self, number: int, frame) -> None:
         self.number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") == "0":  # os.write: a signal may come amid another write
+        if os.environ.get("RANK", "0") == "0":
+            # os.write, since a signal may come in the middle of another write
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     def __exit__(self, *exception) -> None:
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Batches
-# ------------------------------------------------------------------------------------------------------------
-
-
-class StepSampler:
-    """This process's share of each optimiser step, in an order that depends on seed and epoch alone.
-
-    Args:
-        size: utterances in an epoch.
-        step_size: utterances of a step, over all processes. Process `rank` gets each `world_size`-th of them; of
-            an epoch's last step maybe none.
-    """
-
-    def __init__(self, size: int, step_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.step_size, self.seed = size, step_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = 0, 0  # the epoch's first `start` utterances are left out
-
-    def __len__(self) -> int:
-        return math.ceil(self.size / self.step_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-        steps = [order[i : i + self.step_size] for i in range(self.start, self.size, self.step_size)]
-        return iter([step[self.rank :: self.world_size] for step in steps])
-
-    def steps_left(self) -> int:
-        """Steps from `start` to the epoch's end."""
-        return math.ceil((self.size - self.start) / self.step_size)
-
-
-def collate_step(
-    instances: list[Instance], batch_size: int, ids: SpecialIds, filler: Instance
-) -> tuple[list[Batch], int]:
-    """A process's share of an optimiser step as micro-batches, instances of like length together; and their weight.
-
-    The losses are means over the whole step, so how it is cut does not change it. Every process must take part in
-    every step, so an empty share is the filler, of weight 0.
-    """
-    weight = 1 if instances else 0
-    instances = sorted(instances, key=lambda instance: len(instance.prefix) + sum(map(len, instance.candidates)))
-    instances = instances or [filler]
-    return [collate(instances[i : i + batch_size], ids) for i in range(0, len(instances), batch_size)], weight
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Precision
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Learner:
-    """A model, its optimiser and loss scaler, at one of apex's levels of precision (or bf16).
-
-    O0: all fp32. O1: fp32 weights, autocast to fp16, a loss scaler. O2: fp16 weights, fp32 master weights that the
-    optimiser works on, a loss scaler. O3: all fp16, no scaler. bf16: fp32 weights, autocast.
-
-    Attributes:
-        model: to save and to look into.
-        parallel: the same to call; under a launcher its backward pass averages the gradients over all processes.
-    """
-
-    def __init__(self, model, args: argparse.Namespace, device: torch.device):
-        self.model, self.device = model, device
-        self.weights = list(model.parameters())  # what the optimiser works on
-        self.autocast_to = torch.float16 if args.fp16 == "O1" else torch.bfloat16 if args.bf16 else None
-        self.has_masters = args.fp16 == "O2"
-        if self.has_masters:
-            self.weights = [weight.detach().clone().requires_grad_() for weight in self.weights]
-        if args.fp16 in ("O2", "O3"):
-            model.half()
-        # AdamW as the original's library had it: no weight decay, epsilon 1e-6 (torch's defaults differ). In O3 the
-        # squared gradients are often 0 in fp16 and such an epsilon makes endless steps: seen NaN from step 2 with 1e-8
-        # and 1e-6, a rising loss with 1e-5, and the lowest losses with 1e-4.
-        epsilon = 1e-4 if args.fp16 == "O3" else 1e-6
-        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, eps=epsilon, weight_decay=0.0, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.fp16 in ("O1", "O2"))
-        if args.gradient_checkpointing:
-            model.checkpoint_gradients()
-        self.parallel = model
-        if dist.is_initialized():
-            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.autocast_to, enabled=self.autocast_to is not None)
-
-    def synchronised(self, last: bool):
-        """Around a forward and backward pass: gradients are averaged over the processes in a step's last one only."""
-        return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
-
-    def clip_gradients(self, max_norm: float) -> float:
-        """Undo the loss scale, clip to `max_norm`; the norm before."""
-        if self.has_masters:
-            for master, weight in zip(self.weights, self.model.parameters(), strict=True):
-                master.grad = None if weight.grad is None else weight.grad.float()
-        self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.weights, max_norm).item()
-
-    def update(self, finite: bool) -> None:
-        """Take a step with the gradients, or only adapt the loss scale to their not being finite; forget them."""
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.has_masters:
-            with torch.no_grad():
-                for weight, master in zip(self.model.parameters(), self.weights, strict=True):
-                    weight.copy_(master)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "masters": self.weights if self.has_masters else [],
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        with torch.no_grad():
-            for master, saved in zip(self.weights, state["masters"], strict=False):  # none are saved but in O2
-                master.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -322,58 +177,22 @@ PATIENCE = 10  # steps in a row that are not finite
 
 
 def build_trainer(
-    learner: Learner, sampler: StepSampler, progress: Progress, stop: StopSignal, args: argparse.Namespace
-):
+    learner: Learner, sampler: StepSampler, progress: Progress, stop: StopSignal, settings: TrainingSettings
+) -> Engine:
     """An ignite engine whose iteration is one optimiser step, its batch this process's micro-batches."""
-    from ignite.engine import Engine, Events
-
-    device, world_size = learner.device, sampler.world_size
 
     def step(engine: Engine, share: tuple[list[Batch], int]) -> dict[str, float]:
         learner.model.train()
-        batches, weight = share
-        tokens, utterances, stops = all_sum(
-            weight * sum(len(batch.lm_labels) for batch in batches),
-            weight * sum(len(batch.n_candidates) for batch in batches),
-            bool(stop.number),
-            device=device,
-        )
-        if stops:
-            raise Stopped
-        lm_loss, mc_loss = torch.zeros(2, device=device)
-        for batch in batches:
-            with learner.synchronised(last=batch is batches[-1]):
-                batch = batch.to(device)
-                with learner.autocast():
-                    output = learner.parallel(batch)
-                lm_part = weight * output.lm_nll.sum() / tokens
-                mc_sum = F.cross_entropy(output.mc_logits, batch.n_candidates - 1, reduction="sum")
-                mc_part = weight * mc_sum / utterances
-                loss = world_size * (args.lm_coef * lm_part + args.mc_coef * mc_part)  # to be averaged over processes
-                learner.scaler.scale(loss).backward()
-            lm_loss, mc_loss = lm_loss + lm_part.detach(), mc_loss + mc_part.detach()
-        lm_loss, mc_loss = all_sum(lm_loss.item(), mc_loss.item(), device=device)
-        loss, norm = args.lm_coef * lm_loss + args.mc_coef * mc_loss, learner.clip_gradients(args.max_norm)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        learner.update(finite)
-        progress.step += 1
-        progress.done = min(progress.done + sampler.step_size, sampler.size)
-        progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        output = optimizer_step(learner, *share, bool(stop.number), settings)
+        progress.count_step(sampler, math.isfinite(output["loss"]) and math.isfinite(output["gradient_norm"]))
         if progress.skipped_in_a_row == PATIENCE:
             raise UserError(
                 f"the loss or its gradients were not finite in {PATIENCE} steps in a row, up to step {progress.step}; "
                 "expected numbers: try a lower --lr, or --bf16 or no --fp16, in a new run"
             )
-        return {
-            "loss": loss,
-            "lm_loss": lm_loss,
-            "mc_loss": mc_loss,
-            "gradient_norm": norm,
-            "lr": learner.optimizer.param_groups[0]["lr"],
-            "utterances/s": utterances / (time.monotonic() - engine.state.asked),
-            "skipped": progress.skipped,
-        }
+        seconds = time.monotonic() - engine.state.asked  # waiting for the batch is part of it
+        utterances = output.pop("utterances")
+        return output | {"utterances/s": utterances / seconds, "skipped": progress.skipped}
 
     trainer = Engine(step)
 
@@ -389,18 +208,16 @@ def build_trainer(
 
     @trainer.on(Events.ITERATION_STARTED)
     def set_learning_rate() -> None:
-        # In steps of this run's size, of which a run that was on another number of processes may hold a part.
+        # In steps of this run's size. A run that was on another number of processes may have done a part of one.
         taken = (progress.epoch - 1) * len(sampler) + progress.done / sampler.step_size
         for group in learner.optimizer.param_groups:
-            group["lr"] = args.lr * (1 - taken / (args.n_epochs * len(sampler)))
+            group["lr"] = settings.lr * (1 - taken / (settings.n_epochs * len(sampler)))
 
     return trainer
 
 
-def build_evaluator(learner: Learner, stop: StopSignal):
+def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
     """An ignite engine that leaves nll, token_ppl and hits@1 of a whole split in `state.metrics`, in every process."""
-    from ignite.engine import Engine, Events
-
     from model import gold_ranks
 
     @torch.inference_mode()
@@ -411,7 +228,7 @@ def build_evaluator(learner: Learner, stop: StopSignal):
             batch = batch.to(learner.device)
             with learner.autocast():
                 output = learner.model(batch)
-            sums = engine.state.sums  # exact sums and counts: no average of averages
+            sums = engine.state.sums  # sums and counts are exact; an average of averages is not
             sums["nll"] += output.lm_nll.cpu().double().sum().item()  # not every device has float64
             sums["tokens"] += len(batch.lm_labels)
             sums["hits"] += (gold_ranks(output, batch) == 0).sum().item()
@@ -427,7 +244,7 @@ def build_evaluator(learner: Learner, stop: StopSignal):
     @evaluator.on(Events.COMPLETED)
     def compute(engine: Engine) -> None:
         sums = engine.state.sums.values()
-        nll, tokens, hits, utterances, stops = all_sum(*sums, bool(stop.number), device=learner.device)
+        nll, tokens, hits, utterances, stops = sum_over_processes(*sums, bool(stop.number), device=learner.device)
         if stops:
             raise Stopped
         nll, hits = nll / tokens, hits / utterances
@@ -444,12 +261,13 @@ def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
 
     Each has a generator of its own, so that nothing else that is random changes.
     """
-    from generation import Decoding, generate_replies
+    from generation import generate_replies
 
     rows = range(0, len(valid), math.ceil(len(valid) / SAMPLES))
-    prefixes, rooms = zip(*(valid.prefix(row, min(Decoding.max_length, model.limit // 2)) for row in rows), strict=True)
+    longest = min(Decoding.max_length, model.limit // 2)
+    prefixes, rooms = zip(*(valid.prefix(row, longest) for row in rows), strict=True)
     generators = [torch.Generator().manual_seed(seed + row) for row in rows]
-    replies = generate_replies(model, prefixes, replace(Decoding(), max_length=min(rooms)), generators)
+    replies = generate_replies(model, prefixes, Decoding(max_length=min(rooms)), generators)
     return [
         {
             "persona": valid.split.persona_texts(row),
@@ -462,71 +280,50 @@ def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# The run
 # ------------------------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run folder
-# ------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def progress_bars(trainer: Engine, evaluator: Engine) -> Iterator[None]:
+    """A bar for the steps of an epoch and one for the batches of an evaluation, while the body runs."""
+    layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+    bars = [
+        ProgressBar(bar_format=layout, desc="train", unit="step"),
+        ProgressBar(bar_format=layout, desc="evaluate", unit="batch"),
+    ]
 
+    def postfix(output: dict[str, float]) -> dict[str, float]:
+        skipped = {"skipped": output["skipped"]} if output["skipped"] else {}
+        return {name: output[name] for name in ("loss", "utterances/s")} | skipped
 
-def run_to_go_on_with(args: argparse.Namespace, launchers: set[str]) -> Path | None:
-    """The folder of --resume, or of the run that these launchers had begun before a restart; in every process."""
-    if args.resume:
-        return find_run(args.resume)
-    found = run_of_launchers(launchers, typed_path(args.runs_dir)) if rank_and_size()[0] == 0 else None
-    return gather(found)[0]
-
-
-def begin_run(args: argparse.Namespace, launchers: set[str]) -> Path:
-    """Make a run folder, on rank 0; its path, in every process."""
-    made = new_run_folder(args.model, typed_path(args.runs_dir), launchers) if rank_and_size()[0] == 0 else None
-    return gather(made)[0]
-
-
-def launch_command() -> str:
-    """What starts as many processes as there are now."""
-    size = rank_and_size()[1]
-    return "python" if size == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size)}"
-
-
-def training_command(args: argparse.Namespace) -> str:
-    """The command that trains so, with the options that are not as by default; where files are kept is left out."""
-    words = []
-    for name, default in vars(build_parser().parse_args([])).items():
-        value = getattr(args, name)
-        if value != default and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
+    bars[0].attach(trainer, output_transform=postfix)
+    bars[1].attach(evaluator)
+    try:
+        yield
+    finally:
+        for bar in bars:
+            if bar.pbar is not None:
+                bar.pbar.close()  # so that what is said next begins a line of its own
 
 
 @contextlib.contextmanager
 def logging_to(
-    folder: Path, trainer, evaluator, progress: Progress, sample: Callable[[], list[dict]]
+    folder: Path, trainer: Engine, evaluator: Engine, progress: Progress, sample: Callable[[], list[dict]]
 ) -> Iterator[None]:
-    """Progress bars, `log.jsonl` and TensorBoard events while the body runs; what `sample` gives at each evaluation."""
-    from ignite.engine import Events
-    from ignite.handlers import ProgressBar
+    """Write `log.jsonl` and TensorBoard events while the body runs.
+
+    Args:
+        sample: gives the replies that are shown after each evaluation.
+    """
     from tensorboardX import SummaryWriter
 
-    bar = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-
-    def shown(output: dict[str, float]) -> dict[str, float]:
-        return {name: output[name] for name in ("loss", "utterances/s", "skipped") if name != "skipped" or output[name]}
-
-    bars = (
-        ProgressBar(bar_format=bar, desc="train", unit="step"),
-        ProgressBar(bar_format=bar, desc="evaluate", unit="batch"),
-    )
-    bars[0].attach(trainer, output_transform=shown)
-    bars[1].attach(evaluator)
     append = open_log(folder, progress.step)
     board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
 
-    def record(tag: str, found: dict[str, float]) -> None:
-        append({"step": progress.step, "epoch": progress.epoch} | found)
-        for name, value in found.items():
+    def record(tag: str, scalars: dict[str, float]) -> None:
+        append({"step": progress.step, "epoch": progress.epoch} | scalars)
+        for name, value in scalars.items():
             board.add_scalar(f"{tag}/{name}", value, progress.step)
 
     @trainer.on(Events.ITERATION_COMPLETED)
@@ -548,151 +345,189 @@ def logging_to(
             lines = [f"    {name}: {' '.join(text) if name == 'persona' else text}" for name, text in reply.items()]
             board.add_text(f"replies/{i}", "\n".join(lines), progress.step)
 
-    try:
-        with board:
-            yield
-    finally:
-        for each in bars:
-            if each.pbar is not None:
-                each.pbar.close()  # what is said next begins a line of its own
+    with board:
+        yield
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------------------
+class Run:
+    """A training: what is trained, on what, and the folder that it is written to."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        folder: Path,
+        tokenizer,
+        learner: Learner,
+        progress: Progress,
+        train: Instances,
+        valid: Instances,
+    ):
+        self.settings, self.folder, self.tokenizer = settings, folder, tokenizer
+        self.learner, self.progress, self.train_set, self.valid_set = learner, progress, train, valid
+        self.stop = StopSignal()
+
+        rank, world_size = idist.get_rank(), idist.get_world_size()
+        self.sampler = StepSampler(len(train), settings.step_size * world_size, settings.seed, rank, world_size)
+        collate_micro = partial(
+            collate_step,
+            batch_size=settings.train_batch_size,
+            ids=train.special_ids,
+            filler=train[0] if len(train) else None,
+        )
+        # A generator of its own: each pass draws a seed, which must not move the generator that dropout draws from.
+        self.train_loader = DataLoader(
+            train, batch_sampler=self.sampler, collate_fn=collate_micro, generator=torch.Generator()
+        )
+        self.valid_loader = batches_by_length(valid, settings.valid_batch_size, rank=rank, world=world_size)
+        self.trainer = build_trainer(learner, self.sampler, progress, self.stop, settings)
+        self.evaluator = build_evaluator(learner, self.stop)
+
+    def save_state(self) -> None:
+        save_checkpoint(self.folder, self.learner, self.progress, len(self.train_set))
+
+    def save_state_between_epochs(self) -> None:
+        every, progress = self.settings.save_every, self.progress
+        if every and progress.step % every == 0 and progress.done < len(self.train_set):
+            self.save_state()
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate; write weights and model card, where this is the epoch to keep."""
+        # A process without batches gets an empty one: every process must take part in the sums.
+        metrics = self.evaluator.run(self.valid_loader if len(self.valid_loader) else [None]).metrics
+        score, progress = (metrics["hits@1"], -metrics["nll"]), self.progress
+        better = not self.settings.keep_best or progress.best is None or score > tuple(progress.best)
+        if better:
+            progress.best = score if progress.step else None  # what stood before the first step is no epoch
+        if idist.get_rank() == 0:
+            command, cut = training_command(self.settings), self.tokenizer.pre_tokenizer
+            with whole_files(self.folder) as partial:
+                describe(partial, self.folder, progress.best, self.settings, command, cut)
+                if better:
+                    self.learner.model.save(self.folder)  # first, so that the card never describes older weights
+
+    def end_epoch(self) -> None:
+        self.save_state()  # first: a run that is resumed from here evaluates again
+        self.evaluate_and_save()
+
+    def train(self) -> None:
+        """Train from where `progress` is to the end, with an evaluation after every epoch.
+
+        Raises:
+            Stopped: a signal asked for the end. The state is not saved yet.
+        """
+        settings, progress, trainer = self.settings, self.progress, self.trainer
+        sample = partial(sample_replies, self.learner.model, self.valid_set, self.tokenizer, settings.seed)
+        with contextlib.ExitStack() as stack:
+            if idist.get_rank() == 0:
+                stack.enter_context(progress_bars(trainer, self.evaluator))
+                stack.enter_context(logging_to(self.folder, trainer, self.evaluator, progress, sample))
+            # After the logging, so that every step in a checkpoint is already in log.jsonl.
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self.save_state_between_epochs)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
+
+            epoch_is_done = progress.done == len(self.train_set)
+            if epoch_is_done if progress.step else (settings.eval_before_start or not settings.n_epochs):
+                self.evaluate_and_save()
+            if settings.n_epochs and (progress.epoch < settings.n_epochs or not epoch_is_done):
+                self.sampler.start = progress.done
+                steps = len(self.sampler)
+                done = progress.epoch * steps - self.sampler.steps_left()
+                trainer.load_state_dict({"iteration": done, "epoch_length": steps, "max_epochs": settings.n_epochs})
+                trainer.run(self.train_loader, max_epochs=settings.n_epochs)
+
+    def train_or_stop(self) -> None:
+        """As `train`; a signal saves the state and ends the program."""
+        with self.stop:
+            try:
+                self.train()
+            except Stopped:
+                self.save_state()
+                idist.barrier()  # a launcher ends all processes when the first one ends
+                log.info(
+                    f"stopped after step {self.progress.step}, saved in {self.folder}\n"
+                    f"go on with: {launch_command()} train.py --resume {shlex.quote(str(self.folder))}"
+                )
+                leave_processes(self.learner)
+                sys.exit(128 + (self.stop.number or signal.SIGTERM))
+
+
+def run_to_go_on_with(settings: TrainingSettings, launchers: set[str]) -> Path | None:
+    """The folder of --resume, or of the run that these launchers had begun before a restart; in every process."""
+    if settings.resume:
+        return find_run(settings.resume)
+    folder = run_of_launchers(launchers, typed_path(settings.runs_dir)) if idist.get_rank() == 0 else None
+    return idist.all_gather(folder)[0]
+
+
+def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
+    """Make a run folder, on rank 0; its path, in every process."""
+    first = idist.get_rank() == 0
+    folder = new_run_folder(settings.model, typed_path(settings.runs_dir), launchers) if first else None
+    return idist.all_gather(folder)[0]
+
+
+def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device):
+    """The model, its tokenizer, and the instances to train and to validate on."""
+    texts = partial(training_texts, settings.dataset_path, settings.valid_path)
+    tokenizer = load_tokenizer(files, settings.pre_tokenizer, texts)
+    splits = load_dataset(
+        settings.dataset_path, settings.valid_path, settings.dataset_cache, tokenizer, progress=idist.get_rank() == 0
+    )
+    from model import load_model  # heavy: after all that can be told to be wrong at once
+
+    model = load_model(files, tokenizer, device, from_scratch=True)
+    build = partial(Instances, ids=tokenizer.ids, max_history=settings.max_history, limit=model.limit)
+    rotations = settings.personality_permutations
+    train = build(splits["train"], num_candidates=settings.num_candidates, permutations=rotations)
+    if not len(train) and settings.n_epochs:
+        name = settings.dataset_path or "PersonaChat"
+        raise UserError(f"the training split of {name} holds no reply; nothing to learn")
+    return model, tokenizer, train, build(splits["valid"])
+
+
+def tell_sizes(model, train: Instances, valid: Instances, device: torch.device) -> None:
+    """What will be trained, on what, and where."""
+    for name, instances in (("training", train), ("validation", valid)):
+        instances.report_cuts(name)
+    parameters, others = sum(parameter.numel() for parameter in model.parameters()), idist.get_world_size() - 1
+    log.info(
+        f"{parameters / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, {device}"
+        + (f" and {others} more" if others else "")
+    )
 
 
 def main() -> None:
-    args = parse_args()
-    device = join_processes(args)
-    set_seed(args.seed)
-
-    from ignite.distributed import one_rank_first
-
+    settings = parse_settings()
+    device = join_processes(settings.device, settings.local_rank)
+    manual_seed(settings.seed)
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
     logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
-    rank, world_size = rank_and_size()
-    launchers = set(gather(launcher())) - {""}
-    folder = run_to_go_on_with(args, launchers)
+
+    launchers = set(idist.all_gather(launcher())) - {""}
+    folder = run_to_go_on_with(settings, launchers)
     state = newest_checkpoint(folder) if folder else None
-    with one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
-        files = ModelFiles(folder) if state else find_model(args.model)
-        texts = partial(training_texts, args.dataset_path, args.valid_path)
-        tokenizer = load_tokenizer(files, args.pre_tokenizer, texts)
-        splits = load_dataset(args.dataset_path, args.valid_path, args.dataset_cache, tokenizer, progress=rank == 0)
-        from model import load_model
+    with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+        files = ModelFiles(folder) if state else find_model(settings.model)
+        model, tokenizer, train, valid = prepare(settings, files, device)
+    tell_sizes(model, train, valid, device)
 
-        model = load_model(files, tokenizer, device, from_scratch=True)
-
-    build = partial(Instances, ids=tokenizer.ids, max_history=args.max_history, limit=model.limit)
-    train = build(splits["train"], num_candidates=args.num_candidates, permutations=args.personality_permutations)
-    valid = build(splits["valid"])
-    if not len(train) and args.n_epochs:
-        raise UserError(f"the training split of {args.dataset_path or 'PersonaChat'} holds no reply; nothing to learn")
-    for name, instances in (("training", train), ("validation", valid)):
-        instances.report_cuts(name)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.info(
-        f"{parameters / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, {device}"
-        + (f" and {world_size - 1} more" if world_size > 1 else "")
-    )
-
-    learner, progress = Learner(model, args, device), Progress()
-    set_seed(args.seed + rank)  # dropout differs between processes
+    learner, progress = Learner(model, settings, device), Progress()
+    manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
     if state:
-        restore(state, learner, progress, len(train), args)
+        restore(state, learner, progress, len(train), settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     del state
-    folder = folder or begin_run(args, launchers)
-    if rank == 0:
+    folder = folder or begin_run(settings, launchers)
+    if idist.get_rank() == 0:
         remove_unfinished(folder)
         remove_unfinished(folder / "checkpoints")
-        write_settings(folder, model, tokenizer, args)
-    fit(learner, progress, train, valid, args, folder, tokenizer)
-    dataset = f" --dataset_path {shlex.quote(args.dataset_path)}" if args.dataset_path else ""
+        write_settings(folder, model, tokenizer, settings)
+    Run(settings, folder, tokenizer, learner, progress, train, valid).train_or_stop()
+    dataset = f" --dataset_path {shlex.quote(settings.dataset_path)}" if settings.dataset_path else ""
     log.info(
         f"saved in {folder}\ntalk to it: python interact.py --model_checkpoint {shlex.quote(str(folder))}{dataset}"
     )
     leave_processes(learner)
-
-
-def fit(
-    learner: Learner,
-    progress: Progress,
-    train: Instances,
-    valid: Instances,
-    args: argparse.Namespace,
-    folder: Path,
-    tokenizer,
-) -> None:
-    """Train from `progress` to the end, with an evaluation after every epoch; or to a signal, and exit."""
-    from ignite.engine import Events
-
-    from runs import describe
-
-    rank, world_size = rank_and_size()
-    step_size = args.train_batch_size * args.gradient_accumulation_steps * world_size
-    sampler = StepSampler(len(train), step_size, args.seed, rank, world_size)
-    filler = train[0] if len(train) else None
-    collate_micro = partial(collate_step, batch_size=args.train_batch_size, ids=train.special_ids, filler=filler)
-    # A generator of its own: each pass draws a seed, which must not move the generator that dropout draws from.
-    train_loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_micro, generator=torch.Generator())
-    valid_loader = batches_by_length(valid, args.valid_batch_size, rank=rank, world=world_size)
-
-    stop = StopSignal()
-    trainer = build_trainer(learner, sampler, progress, stop, args)
-    evaluator = build_evaluator(learner, stop)
-
-    def save_state() -> None:
-        save_checkpoint(folder, learner, progress, len(train))
-
-    def save_state_in_between() -> None:
-        if args.save_every and progress.step % args.save_every == 0 and progress.done < len(train):
-            save_state()
-
-    def evaluate_and_save() -> None:
-        # No batches become an empty one: every process must take part in the sums.
-        metrics = evaluator.run(valid_loader if len(valid_loader) else [None]).metrics
-        score = metrics["hits@1"], -metrics["nll"]
-        better = not args.keep_best or progress.best is None or score > tuple(progress.best)
-        if better:
-            progress.best = score if progress.step else None  # what stood before the first step is no epoch
-        if rank == 0:
-            with whole_files(folder) as partial:  # which has its place right after the weights that it describes
-                describe(partial, folder, progress.best, args, training_command(args), tokenizer.pre_tokenizer)
-                if better:
-                    learner.model.save(folder)
-
-    def save_state_and_evaluate() -> None:
-        save_state()  # first: what is resumed from here evaluates again
-        evaluate_and_save()
-
-    with stop:
-        try:
-            sample = partial(sample_replies, learner.model, valid, tokenizer, args.seed)
-            logs = logging_to(folder, trainer, evaluator, progress, sample)
-            with logs if rank == 0 else contextlib.nullcontext():
-                # Behind the logging: a step that a checkpoint holds is in the log.
-                trainer.add_event_handler(Events.ITERATION_COMPLETED, save_state_in_between)
-                trainer.add_event_handler(Events.EPOCH_COMPLETED, save_state_and_evaluate)
-                if (progress.done == len(train)) if progress.step else (args.eval_before_start or not args.n_epochs):
-                    evaluate_and_save()
-                if args.n_epochs and (progress.epoch < args.n_epochs or progress.done < len(train)):
-                    sampler.start = progress.done
-                    done = progress.epoch * len(sampler) - sampler.steps_left()
-                    trainer.load_state_dict(
-                        {"iteration": done, "epoch_length": len(sampler), "max_epochs": args.n_epochs}
-                    )
-                    trainer.run(train_loader, max_epochs=args.n_epochs)
-        except Stopped:
-            save_state()
-            gather("saved")  # a launcher ends all processes when the first one ends
-            log.info(
-                f"stopped after step {progress.step}, saved in {folder}\n"
-                f"go on with: {launch_command()} train.py --resume {shlex.quote(str(folder))}"
-            )
-            leave_processes(learner)
-            sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cli import UserError, check_message, first_line, log
-from dialogs import NO_JSON, Message, Record, dialog_of, load_personas
-from generation import Conversation, Decoding, PrefixCache
+from cli import Decoding, UserError, first_line, log
+from dialogs import NO_JSON, Message, Record, check_message, dialog_of, load_personas
+from generation import Conversation, PrefixCache
 
 MAX_BODY = 1_000_000  # bytes of a request
 MAX_PERSONA = 50  # sentences
@@ -316,15 +316,7 @@ CSS = """
 #alternatives td { white-space: normal; }
 @media (max-width: 640px) { #chat { height: 60vh !important; } .gradio-container { padding: 8px !important; } }
 """
-SLIDERS = {  # label, explanation, lowest, highest, step
-    "temperature": ("Temperature", "below 1 sharpens, above 1 flattens", 0.05, 2, 0.05),
-    "top_p": ("Top-p", "the likeliest tokens up to this probability; 0: off", 0, 1, 0.01),
-    "top_k": ("Top-k", "so many of the likeliest tokens; 0: off", 0, 200, 1),
-    "max_length": ("Longest reply", "in tokens", 1, 200, 1),
-    "n_replies": ("Replies", "to choose the best from", 1, 16, 1),
-    "no_repeat_ngram": ("No repeats", "of so many tokens; 0: off", 0, 8, 1),
-    "repetition_penalty": ("Repetition penalty", "1: off", 1, 2, 0.05),
-}
+SLIDERS = {name: option.metadata for name, option in Decoding.options().items() if option.metadata["slider"]}
 
 
 class Session:
@@ -482,10 +474,12 @@ def page(server: Server, folder: Path) -> gr.Blocks:
                 drawn = gr.Button("Random persona", size="sm")
                 with gr.Accordion("How replies are drawn", open=False):
                     values = asdict(server.decoding)
-                    options = [
-                        gr.Slider(low, high, min(max(values[name], low), high), step=step, label=label, info=info)
-                        for name, (label, info, low, high, step) in SLIDERS.items()
-                    ]
+                    options = []
+                    for name, about in SLIDERS.items():
+                        low, high, step = about["slider"]
+                        value = min(max(values[name], low), high)
+                        label = name.replace("_", " ").capitalize()
+                        options.append(gr.Slider(low, high, value, step=step, label=label, info=about["help"]))
                     ways = [("head", "mc"), ("likelihood", "lm"), ("both", "both")]
                     options.append(gr.Radio(ways, value=server.decoding.rerank, label="Best reply by"))
         shown = [box, chat, table, download]
@@ -500,22 +494,22 @@ def page(server: Server, folder: Path) -> gr.Blocks:
     return blocks
 
 
-def serve(args, model, tokenizer, persona: list[str], decoding: Decoding, seed: int) -> None:
-    """Serve page and endpoint until Ctrl-C. args: those of interact.py."""
-    worker = Worker(args.max_queue)
-    server = Server(model, tokenizer, persona, decoding, args.max_history, seed, args.model, args.dataset_path, worker)
+def serve(settings, web, model, tokenizer, persona: list[str], decoding: Decoding, seed: int) -> None:
+    """Serve page and endpoint until Ctrl-C. settings, web: interact.py's."""
+    about = (settings.max_history, seed, settings.model, settings.dataset_path)
+    server = Server(model, tokenizer, persona, decoding, *about, Worker(web.max_queue))
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # by name: none is fetched
     with tempfile.TemporaryDirectory() as folder:
         blocks = page(server, Path(folder)).queue(max_size=None, default_concurrency_limit=None)
         try:
             _, url, shared = blocks.launch(
-                server_name=args.host, server_port=args.port or None, share=args.share, prevent_thread_lock=True,
+                server_name=web.host, server_port=web.port or None, share=web.share, prevent_thread_lock=True,
                 quiet=True, footer_links=[], allowed_paths=[folder], ssr_mode=False, theme=gr.themes.Default(**fonts),
                 css=CSS, app_kwargs={"routes": api_routes(server)},
             )  # fmt: skip
         except OSError as error:
             raise UserError(
-                f"cannot listen at {args.host}:{args.port}: {first_line(error)}; try another --port"
+                f"cannot listen at {web.host}:{web.port}: {first_line(error)}; try another --port"
             ) from error
         log.info(f"Chat page: {url}" + (f" and, for everyone, {shared}" if shared else ""))
         log.info(f"OpenAI-compatible endpoint: {url}v1")

@@ -3,7 +3,6 @@
 Both ways' figures are compared, so that speed is not bought with other numbers.
 """
 
-import argparse
 import contextlib
 import io
 
@@ -24,7 +23,7 @@ def measure(bench: Bench) -> list[Row]:
     ranking, wording = bench.instances("valid"), bench.instances("valid", num_candidates=1, extras=extras)
     split, ids = bench.splits["valid"], bench.ids
     width = int(ranking.lengths().max())  # the longest row of the dataset
-    args = argparse.Namespace(valid_batch_size=4, seed=42, **vars(Decoding(max_length=20, min_length=20)))
+    decoding, seed, batch_size = Decoding(max_length=20, min_length=20), 42, 4
 
     def plain_scores(i: int) -> list[float]:
         return plain.scores(bench.reference, ranking[i], width, ids).tolist()
@@ -34,18 +33,18 @@ def measure(bench: Bench) -> list[Row]:
         return [plain.word_nll(bench.reference, wording[i], words, gold, ids.speaker1)]
 
     def plain_reply(i: int) -> list[int]:
-        generator = evaluation.reply_generator(args.seed, i)
-        reply = plain.reply(bench.reference, ranking, i, Decoding.from_args(args), generator)
+        generator = evaluation.reply_generator(seed, i)
+        reply = plain.reply(bench.reference, ranking, i, decoding, generator)
         return [token + 1 for token in reply]
 
     def score(model: DialogModel, results: evaluation.Results) -> None:
-        evaluation.score(model, ranking, None, args, results)
+        evaluation.score(model, ranking, None, batch_size, results)
 
     def score_words(model: DialogModel, results: evaluation.Results) -> None:
-        evaluation.score(model, wording, words, args, results)
+        evaluation.score(model, wording, words, batch_size, results)
 
     def generate(model: DialogModel, results: evaluation.Results) -> None:
-        evaluation.generate_all(model, ranking, args, results)
+        evaluation.generate_all(model, ranking, decoding, seed, batch_size, results)
 
     rows = []
     for subject, aim, run_plain, run_ours, column in (
@@ -58,7 +57,7 @@ def measure(bench: Bench) -> list[Row]:
             plain_rate = PLAIN / seconds(found.extend, map(run_plain, range(PLAIN)))
             rates, columns = {}, {}
             for name, model in bench.models.items():
-                results = evaluation.Results.empty(min(OURS, len(split)), split.most_candidates(), args.max_length)
+                results = evaluation.Results.empty(min(OURS, len(split)), split.most_candidates(), decoding.max_length)
                 with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                     rates[name] = len(results.nll) / seconds(run_ours, model, results)
                 columns[name] = torch.as_tensor(getattr(results, column)[:PLAIN]).flatten()

@@ -1,15 +1,16 @@
 """Training: utterances a second of whole optimiser steps, by the loop of train.py and by the plain one."""
 
-import argparse
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 
+import learner as learning
 import runs
-import train
 from benchmarks import plain
 from benchmarks.common import Bench, Row, peak_flops, seconds
+from train import StopSignal, TrainingSettings, build_trainer
 
 AIMS = {2: "4x / 12x", 4: "6x / 16x"}
 
@@ -17,18 +18,7 @@ AIMS = {2: "4x / 12x", 4: "6x / 16x"}
 def measure(bench: Bench) -> list[Row]:
     rows, shares = [], []
     for candidates, aim in AIMS.items():
-        settings = argparse.Namespace(
-            lr=6.25e-5,
-            lm_coef=1.0,
-            mc_coef=1.0,
-            max_norm=1.0,
-            n_epochs=1,
-            train_batch_size=4,
-            gradient_accumulation_steps=8,
-            gradient_checkpointing=False,
-            fp16="",
-            seed=42,
-        )
+        settings = TrainingSettings(n_epochs=1)
         instances, subject = bench.instances("train", num_candidates=candidates), f"training, {candidates} candidates"
         ours = {name: our_rate(bench, instances, settings, name == "bf16") for name in bench.precisions}
         rows.append(Row(subject, "utterances/s", ours, plain_rate(bench, instances, settings), aim))
@@ -39,26 +29,28 @@ def measure(bench: Bench) -> list[Row]:
     return rows + shares
 
 
-def our_rate(bench: Bench, instances, settings: argparse.Namespace, bf16: bool) -> float:
+def our_rate(bench: Bench, instances, settings: TrainingSettings, bf16: bool) -> float:
     """The last of three steps of train.py."""
-    settings = argparse.Namespace(**vars(settings), bf16=bf16)
-    learner = train.Learner(plain.random_model(bench.tokenizer, bench.shape).to(bench.device), settings, bench.device)
-    size = settings.train_batch_size * settings.gradient_accumulation_steps
-    sampler = train.StepSampler(3 * size, size, settings.seed)
+    settings = replace(settings, bf16=bf16)
+    learner = learning.Learner(
+        plain.random_model(bench.tokenizer, bench.shape).to(bench.device), settings, bench.device
+    )
+    size = settings.step_size
+    sampler = learning.StepSampler(3 * size, size, settings.seed)
     sampler.size = min(sampler.size, len(instances))
-    collate = partial(train.collate_step, batch_size=settings.train_batch_size, ids=bench.ids, filler=instances[0])
+    collate = partial(learning.collate_step, batch_size=settings.train_batch_size, ids=bench.ids, filler=instances[0])
     loader = DataLoader(instances, batch_sampler=sampler, collate_fn=collate)
-    trainer = train.build_trainer(learner, sampler, runs.Progress(), train.StopSignal(), settings)
+    trainer = build_trainer(learner, sampler, runs.Progress(), StopSignal(), settings)
     trainer.run(loader, max_epochs=1)
     return trainer.state.output["utterances/s"]
 
 
-def plain_rate(bench: Bench, instances, settings: argparse.Namespace) -> float:
+def plain_rate(bench: Bench, instances, settings: TrainingSettings) -> float:
     """One optimiser step of the plain way, after one batch to warm up."""
     reference = plain.double_heads(bench.model).train()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=settings.lr, eps=1e-6, weight_decay=0.0)
     width, batch = int(instances.lengths().max()), settings.train_batch_size  # the longest row of the dataset
-    cuts = [range(start, start + batch) for start in range(0, settings.gradient_accumulation_steps * batch, batch)]
+    cuts = [range(start, start + batch) for start in range(0, settings.step_size, batch)]
 
     def backward(cut: range) -> None:
         loss = plain.loss(reference, [instances[i % len(instances)] for i in cut], width, bench.ids)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.utils import manual_seed
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cli import set_seed
 from files import find_model
 from model import DialogModel, load_model
 from utils import DialogTokenizer, load_tokenizer
@@ -148,7 +148,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seed_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts from the same seed and with an empty cache of downloads."""
-    set_seed(0)
+    manual_seed(0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
 
 

@@ -24,7 +24,7 @@ from convai_evaluation import (
     gold_rank,
     main,
     normalize,
-    parse_args,
+    parse_settings,
     ranking_figures,
     reply_figures,
     split_words,
@@ -80,7 +80,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def parse(*arguments):
         base = ["--device", "cpu", "--dataset_cache", tmp_path / "cache.bin"]
         monkeypatch.setattr(sys, "argv", ["convai_evaluation.py", *map(str, [*base, *arguments])])
-        return parse_args()
+        return parse_settings()
 
     return parse
 
@@ -103,7 +103,7 @@ def run(load, options, splits_of):
     def run_evaluation(folder: Path, data: dict, *arguments) -> SimpleNamespace:
         model, tokenizer = load(folder)
         splits = splits_of(data, tokenizer)
-        found = evaluate(model, splits, tokenizer, options(*arguments))
+        found = evaluate(model, splits, tokenizer, *options(*arguments))
         names = ("figures", "results", "ranks", "replies")
         return SimpleNamespace(**dict(zip(names, found, strict=True)), split=splits["valid"], tokenizer=tokenizer)
 

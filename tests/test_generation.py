@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import generation
-from generation import Conversation, Decoding, Generation, draw, filtered_probabilities, generate_replies
+from cli import Decoding
+from generation import Conversation, Generation, draw, filtered_probabilities, generate_replies
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache
 GREEDY = Decoding(no_sample=True, max_length=12)

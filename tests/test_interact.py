@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import interact
-from cli import MAX_MESSAGE, UserError, check_message, decoding_option, printable
-from dialogs import load_personas, read_dataset
-from generation import Conversation, Decoding, Generation, PrefixCache, Reply, generate_replies, rank, repeating
+from cli import Decoding, UserError, printable
+from dialogs import MAX_MESSAGE, check_message, load_personas, read_dataset
+from generation import Conversation, Generation, PrefixCache, Reply, generate_replies, rank, repeating
 from inputs import build_prefix
 
 ROOT = Path(interact.__file__).parent
@@ -317,9 +317,10 @@ def test_messages_are_bounded() -> None:
 
 
 def test_decoding_options_typed_in_the_chat() -> None:
-    assert decoding_option("temperature", "0.5") == 0.5
-    assert decoding_option("no_sample", "on") is True and decoding_option("no_sample", "off") is False
-    assert decoding_option("top_k", "-1") == -1
+    assert Decoding().changed("temperature", "0.5") == Decoding(temperature=0.5)
+    assert Decoding().changed("no_sample", "on") == Decoding(no_sample=True)
+    assert Decoding(no_sample=True).changed("no_sample", "off") == Decoding()
+    assert Decoding().changed("top_k", "-1").top_k == -1
     for name, text, said in [
         ("temperature", "hot", "number"),
         ("temperature", "", "number"),
@@ -330,7 +331,7 @@ def test_decoding_options_typed_in_the_chat() -> None:
         ("temp", "1", "no option"),
     ]:
         with pytest.raises(UserError, match=said):
-            decoding_option(name, text)
+            Decoding().changed(name, text)
     assert Decoding().changed("n_replies", "8").n_replies == 8
 
 

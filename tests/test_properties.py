@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_inputs import IDS, make_split
 
-from cli import UserError
+from cli import Decoding, UserError
 from dialogs import Dialog, Utterance, read_dataset
-from generation import Decoding, draw, filtered_probabilities
+from generation import draw, filtered_probabilities
 from inputs import Instances, build_prefix, collate, fit
 from utils import DialogTokenizer, detokenize, learn_bpe, spacy_words
 

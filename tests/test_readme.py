@@ -95,7 +95,7 @@ def actions(monkeypatch):
     def of(script: str) -> list:
         made, parse = [], cli.Parser.parse_args
         monkeypatch.setattr(cli.Parser, "parse_args", lambda self: (made.append(self), parse(self, []))[1])
-        SCRIPTS[script].parse_args()
+        SCRIPTS[script].parse_settings()
         return [action for action in made[0]._actions if "--help" not in action.option_strings]
 
     return of

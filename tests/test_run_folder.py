@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 import runs
 import train
-from cli import UserError, log
+from cli import Decoding, UserError, log
 from files import find_run
-from generation import Decoding, generate_replies
+from generation import generate_replies
 from inputs import build_prefix
 
 
@@ -158,7 +159,7 @@ def test_model_card(run, monkeypatch):
     # the command in it trains so
     (command,) = [line for line in loaded.text.splitlines() if line.startswith("python train.py")]
     monkeypatch.setattr(sys, "argv", command.split()[1:])
-    again, settings = vars(train.parse_args()), json.loads((folder / "training_args.json").read_text())
+    again, settings = asdict(train.parse_settings()), json.loads((folder / "training_args.json").read_text())
     differing = {name for name in settings if settings[name] != again[name]}
     assert differing <= {"runs_dir", "dataset_cache", "device"} and "--eval_before_start" in command
 
@@ -200,12 +201,13 @@ def test_keep_best_has_the_card_of_its_weights(options, tmp_path):
 def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
     """A model of the hub and PersonaChat are named; a step that was skipped is in no mean."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = train.parse_args()
+    settings = train.parse_settings()
     lines = (run[0] / "log.jsonl").read_text().splitlines()
     skipped = json.loads(lines[2]) | {"loss": float("nan"), "lm_loss": float("nan")}
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps(skipped)]))
     first = [record for record in records(run[0]) if "nll" in record][1]
-    runs.describe(tmp_path, tmp_path, (first["hits@1"], -first["nll"]), args, train.training_command(args), "spacy")
+    best, command = (first["hits@1"], -first["nll"]), train.training_command(settings)
+    runs.describe(tmp_path, tmp_path, best, settings, command, "spacy")
     loaded, _, table = card_of(tmp_path)
     assert loaded.data.base_model == "openai-community/openai-gpt" and loaded.data.language == "en"
     assert loaded.data.eval_results[0].dataset_name == "PersonaChat" and "do n't" in loaded.text
@@ -230,7 +232,7 @@ def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
 )
 def test_base_model_is_one_of_the_hub(model, known, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", model])
-    assert train.parse_args().base_model == known
+    assert train.parse_settings().base_model == known
 
 
 def test_a_full_disk_keeps_card_and_weights_of_before(run, tmp_path, monkeypatch):

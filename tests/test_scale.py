@@ -23,6 +23,7 @@ import torch
 
 import cli
 import inputs
+import learner
 import runs
 import train
 from cli import UserError
@@ -233,16 +234,16 @@ def test_same_validation_on_one_two_and_three_processes(options, tmp_path, n_val
 
 def test_sampler_deals_every_utterance_once():
     """To any number of processes, from any position; the order does not depend on either."""
-    whole = [sorted(step) for step in train.StepSampler(21, 4, seed=1)]
+    whole = [sorted(step) for step in learner.StepSampler(21, 4, seed=1)]
     assert sorted(sum(whole, [])) == list(range(21)) and [len(step) for step in whole] == [4, 4, 4, 4, 4, 1]
     for world_size in (2, 3, 4):
-        samplers = [train.StepSampler(21, 4, 1, rank, world_size) for rank in range(world_size)]
+        samplers = [learner.StepSampler(21, 4, 1, rank, world_size) for rank in range(world_size)]
         assert [sorted(sum(shares, [])) for shares in zip(*samplers, strict=True)] == whole
-    resumed = train.StepSampler(21, 6, seed=1)
+    resumed = learner.StepSampler(21, 6, seed=1)
     resumed.start = 8
     assert resumed.steps_left() == len(list(resumed)) == 3
     assert sorted(sum(resumed, [])) == sorted(sum(whole[2:], []))
-    other = train.StepSampler(21, 4, seed=1)
+    other = learner.StepSampler(21, 4, seed=1)
     other.epoch = 1
     assert [sorted(step) for step in other] != whole
 
@@ -250,9 +251,9 @@ def test_sampler_deals_every_utterance_once():
 def test_empty_share_is_the_filler_without_weight():
     ids = SpecialIds(1, 2, 3, 4, 5, all=frozenset())
     filler = Instance([1, 4], [4, 4], [[7, 2]])
-    batches, weight = train.collate_step([], 2, ids, filler)
+    batches, weight = learner.collate_step([], 2, ids, filler)
     assert weight == 0 and [batch.input_ids.tolist() for batch in batches] == [[[1, 4, 7, 2]]]
-    batches, weight = train.collate_step([filler] * 3, 2, ids, filler)
+    batches, weight = learner.collate_step([filler] * 3, 2, ids, filler)
     assert weight == 1 and [len(batch.input_ids) for batch in batches] == [2, 1]
 
 
@@ -262,7 +263,7 @@ def test_local_rank_without_a_launcher(monkeypatch):
     for option in ("--local_rank", "--local-rank"):
         monkeypatch.setattr(sys, "argv", ["train.py", option, "0", "--device", "cpu"])
         with pytest.raises(UserError, match="RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.*torchrun"):
-            cli.join_processes(train.parse_args())
+            cli.join_processes("cpu", train.parse_settings().local_rank)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="torchrun"):
         train.main()
@@ -500,10 +501,10 @@ def test_options_of_a_resumed_run(uninterrupted, monkeypatch):
 
     def parse(*options: str):
         monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(folder), *options])
-        return train.parse_args()
+        return train.parse_settings()
 
-    args = parse("--n_epochs", "9", "--lr", "3e-3")
-    assert (args.n_epochs, args.lr, args.gradient_accumulation_steps) == (9, 3e-3, 4)
+    settings = parse("--n_epochs", "9", "--lr", "3e-3")
+    assert (settings.n_epochs, settings.lr, settings.gradient_accumulation_steps) == (9, 3e-3, 4)
     for options in (["--lr", "1e-3"], ["--seed", "1"], ["--fp16", "O1"], ["--model", "gpt2"]):
         with pytest.raises(UserError, match=f"{options[0]} .*was started with"):
             parse(*options)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each room may import those before it; scripts and the page never import each other, but for the page by interact.py.
-ROOMS = ["cli", "files", "dialogs", "utils", "inputs", "model", "cpu", "generation", "runs"]
+ROOMS = ["cli", "files", "dialogs", "utils", "inputs", "model", "cpu", "generation", "learner", "runs"]
 SCRIPTS = ["train", "interact", "convai_evaluation", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
 MAY_IMPORT["interact"].add("web")
@@ -72,7 +72,7 @@ def test_train_evaluate_and_talk(tmp_path):
         (["train.py", "--resume", "nowhere"], "expected a run folder of train.py"),
         (["interact.py", "--model", "data/tiny-gpt", "--personality", "hi"], "train it first: python train.py"),
         (["interact.py", "--top_p", "3"], "at most 1.0, found '3'"),
-        (["convai_evaluation.py", "--eval_type", "bleu"], "invalid choice: 'bleu'"),
+        (["convai_evaluation.py", "--eval_type", "bleu"], "expected one of hits@1, ppl, f1, all, found 'bleu'"),
         (["convai_evaluation.py", "--model", "data/sample.json"], "neither a .gguf nor a .tar.gz file"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

@@ -18,8 +18,7 @@ import pytest
 pytest.importorskip("gradio", reason="pip install -r requirements-web.txt")
 
 import interact
-from cli import MAX_MESSAGE
-from dialogs import read_dataset
+from dialogs import MAX_MESSAGE, read_dataset
 
 ROOT = Path(interact.__file__).parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,0 +1,239 @@
+"""One optimiser step: its batches, precision, losses and gradients, in one process or as a share in each of many.
+
+The losses of a step are means over all its tokens and utterances, so that the same utterances give the same step,
+however they are divided into micro-batches and processes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cli import BF16, Settings, UserError, option
+from inputs import Batch, Instance, collate
+from utils import SpecialIds
+
+
+@dataclass(frozen=True)
+class LearningSettings(Settings):
+    """Options of learning."""
+
+    lr: float = option(6.25e-5, "learning rate, falling to 0 linearly", low=0)
+    lm_coef: float = option(1.0, "weight of the language-modelling loss", low=0)
+    mc_coef: float = option(1.0, "weight of the multiple-choice loss", low=0)
+    max_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
+    fp16: str = option(
+        "",
+        "mixed precision by apex's names. O0: none; O1: autocast; O2: fp16 weights, fp32 master weights; O3: fp16",
+        choices=("", "O0", "O1", "O2", "O3"),
+    )
+    bf16: bool = BF16
+    gradient_checkpointing: bool = option(False, "use less memory and more time", may_change=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fp16 and self.bf16:
+            raise UserError(f"--fp16 {self.fp16} and --bf16 are two precisions; give one of them")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The batches of a step
+# ------------------------------------------------------------------------------------------------------------
+
+
+class StepSampler:
+    """This process's share of each optimiser step, in an order that depends on seed and epoch alone.
+
+    Args:
+        size: utterances in an epoch.
+        step_size: utterances of a step, over all processes. Process `rank` gets every `world_size`-th of them (it may
+            get none in an epoch's last step).
+    """
+
+    def __init__(self, size: int, step_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.size, self.step_size, self.seed = size, step_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0  # the epoch's first `start` utterances are left out: steps have seen them
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.step_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
+        steps = [order[i : i + self.step_size] for i in range(self.start, self.size, self.step_size)]
+        return iter([step[self.rank :: self.world_size] for step in steps])
+
+    def steps_left(self) -> int:
+        """Steps from `start` to the epoch's end."""
+        return math.ceil((self.size - self.start) / self.step_size)
+
+
+def collate_step(
+    instances: list[Instance], batch_size: int, ids: SpecialIds, filler: Instance
+) -> tuple[list[Batch], int]:
+    """A process's share of an optimiser step: micro-batches of instances of like length, and their weight.
+
+    The losses are means over the whole step, so how it is divided into micro-batches does not change it. Every process
+    must take part in every step, so an empty share is replaced by `filler`, with weight 0.
+    """
+    weight = 1 if instances else 0
+    instances = sorted(instances or [filler], key=lambda row: len(row.prefix) + sum(map(len, row.candidates)))
+    return [collate(instances[i : i + batch_size], ids) for i in range(0, len(instances), batch_size)], weight
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """A model, its optimiser and loss scaler, at one of apex's levels of precision (or bf16).
+
+    O0: all fp32. O1: fp32 weights, autocast to fp16, a loss scaler. O2: fp16 weights, fp32 master weights that the
+    optimiser works on, a loss scaler. O3: all fp16, no scaler. bf16: fp32 weights, autocast.
+
+    Attributes:
+        model: to save and to look into.
+        parallel: the same to call. Under a launcher its backward pass averages the gradients over all processes.
+    """
+
+    def __init__(self, model, settings: LearningSettings, device: torch.device):
+        self.model, self.device = model, device
+        self.weights = list(model.parameters())  # what the optimiser works on
+        self.autocast_to = torch.float16 if settings.fp16 == "O1" else torch.bfloat16 if settings.bf16 else None
+        self.has_masters = settings.fp16 == "O2"
+        if self.has_masters:
+            self.weights = [weight.detach().clone().requires_grad_() for weight in self.weights]
+        if settings.fp16 in ("O2", "O3"):
+            model.half()
+        # AdamW as the original's library had it: no weight decay, epsilon 1e-6 (torch's defaults differ). In O3 the
+        # squared gradients are often 0 in fp16, and such an epsilon makes endless steps: seen NaN from step 2 with
+        # 1e-8 and 1e-6, a rising loss with 1e-5, and the lowest losses with 1e-4.
+        epsilon = 1e-4 if settings.fp16 == "O3" else 1e-6
+        self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, eps=epsilon, weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16 in ("O1", "O2"))
+        if settings.gradient_checkpointing:
+            model.checkpoint_gradients()
+        self.parallel = model
+        if dist.is_initialized():
+            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.autocast_to, enabled=self.autocast_to is not None)
+
+    def synchronised(self, last: bool):
+        """Skip DDP's gradient all-reduce on all but the last micro-batch of a step."""
+        return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Undo the loss scale and clip to `max_norm`; the norm before."""
+        if self.has_masters:
+            for master, weight in zip(self.weights, self.model.parameters(), strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.weights, max_norm).item()
+
+    def update(self, finite: bool) -> None:
+        """Take a step where the gradients are finite, else only adapt the loss scale; then forget the gradients."""
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.has_masters:
+            with torch.no_grad():
+                for weight, master in zip(self.model.parameters(), self.weights, strict=True):
+                    weight.copy_(master)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "masters": self.weights if self.has_masters else [],
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            for master, saved in zip(self.weights, state["masters"], strict=False):  # none are saved but in O2
+                master.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One optimiser step
+# ------------------------------------------------------------------------------------------------------------
+
+
+def sum_over_processes(*values: float, device: torch.device) -> list[float]:
+    """The sum of each value over all processes, in float64, in which counts are exact."""
+    place = device if idist.get_world_size() > 1 else "cpu"  # MPS has no float64
+    return idist.all_reduce(torch.tensor(values, dtype=torch.float64, device=place)).tolist()
+
+
+class Stopped(Exception):
+    """Training was asked to end, and all processes stand between the same two steps."""
+
+
+def accumulate_gradients(
+    learner: Learner, batches: list[Batch], lm_weight: float, mc_weight: float, settings: LearningSettings
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward over a process's micro-batches; its part of both losses.
+
+    Args:
+        lm_weight, mc_weight: of a token's and an utterance's loss: one over their number in the whole step.
+    """
+    lm_loss, mc_loss = torch.zeros(2, device=learner.device)
+    for batch in batches:
+        with learner.synchronised(last=batch is batches[-1]):
+            batch = batch.to(learner.device)
+            with learner.autocast():
+                output = learner.parallel(batch)
+            lm_part = lm_weight * output.lm_nll.sum()
+            mc_part = mc_weight * F.cross_entropy(output.mc_logits, batch.n_candidates - 1, reduction="sum")
+            # DDP averages gradients over the processes where the losses are to be summed.
+            loss = idist.get_world_size() * (settings.lm_coef * lm_part + settings.mc_coef * mc_part)
+            learner.scaler.scale(loss).backward()
+        lm_loss, mc_loss = lm_loss + lm_part.detach(), mc_loss + mc_part.detach()
+    return lm_loss, mc_loss
+
+
+def optimizer_step(
+    learner: Learner, batches: list[Batch], weight: int, stop: bool, settings: LearningSettings
+) -> dict[str, float]:
+    """One update of the weights from every process's micro-batches; what the log says of it.
+
+    Raises:
+        Stopped: `stop` is true in a process. Nothing was computed yet.
+    """
+    # Both losses are means over the whole step: over accumulation and processes, weighted by tokens and utterances.
+    tokens, utterances, stops = sum_over_processes(
+        weight * sum(len(batch.lm_labels) for batch in batches),
+        weight * sum(len(batch.n_candidates) for batch in batches),
+        stop,
+        device=learner.device,
+    )
+    if stops:
+        raise Stopped
+    losses = accumulate_gradients(learner, batches, weight / tokens, weight / utterances, settings)
+    lm_loss, mc_loss = sum_over_processes(*torch.stack(losses).tolist(), device=learner.device)
+    loss, norm = settings.lm_coef * lm_loss + settings.mc_coef * mc_loss, learner.clip_gradients(settings.max_norm)
+    learner.update(finite=math.isfinite(loss) and math.isfinite(norm))
+    return {
+        "loss": loss,
+        "lm_loss": lm_loss,
+        "mc_loss": mc_loss,
+        "gradient_norm": norm,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "utterances": utterances,
+    }
