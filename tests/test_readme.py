@@ -10,11 +10,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
-import tempfile
 import threading
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from stand_ins import write_clients
+from stand_ins import write_programs
 from test_model import write_gguf
 
 import cli
@@ -248,8 +245,9 @@ class Workplace(NamedTuple):
 
     def run(self, line: str) -> subprocess.CompletedProcess:
         command = [shutil.which("bash"), "-e", "-o", "pipefail", "-c", line]
-        options = {"cwd": self.folder, "env": self.environment, "timeout": 300}
-        return subprocess.run(command, input=SAID, capture_output=True, text=True, **options)
+        return subprocess.run(
+            command, input=SAID, capture_output=True, text=True, cwd=self.folder, env=self.environment
+        )
 
 
 def small(splits: dict) -> dict:
@@ -295,6 +293,7 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     environment = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "TMPDIR")} | {
         "PATH": str(top / "bin"),
         "PYTHON_EXEC": str(top / "bin" / "python"),  # what torch's launcher starts
+        "XDG_CACHE_HOME": str(top / "cache"),
         "HF_HOME": str(top / "hub"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
@@ -303,30 +302,15 @@ def workplace(tmp_path_factory, tiny, dialog_model):
         "TOKENIZERS_PARALLELISM": "false",
         "TINY_GGUF": str(top / "tiny.gguf"),
     }
-    with (
-        tempfile.TemporaryDirectory() as short,  # a socket's path must be
-        ThreadingHTTPServer(("127.0.0.1", 0), partial(Far, directory=str(far))) as server,
-        open(top / "stand_ins.txt", "w") as log,
-    ):
+    write_programs(top / "bin")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Far, directory=str(far))) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-        address = f"{short}/socket"
-        write_clients(top / "bin", address)
-        command = [sys.executable, Path(__file__).with_name("stand_ins.py"), address]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=log)
-        try:
-            while not os.path.exists(address):
-                assert process.poll() is None, (top / "stand_ins.txt").read_text()
-                time.sleep(0.05)
-            place = Workplace(folder, environment | {"XDG_CACHE_HOME": str(top / "cache")})
-            done = place.run("python train.py --model data/tiny-gpt --dataset_path data/sample.json --lr 1e-3")
-            assert done.returncode == 0, done.stderr
-            shutil.copytree(folder / "runs", top / "runs", symlinks=True)
-            yield place
-        finally:
-            process.kill()
-            process.wait()
-            server.shutdown()
+        place = Workplace(folder, environment | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"})
+        done = place.run("python train.py --model data/tiny-gpt --dataset_path data/sample.json --lr 1e-3")
+        assert done.returncode == 0, done.stderr
+        shutil.copytree(folder / "runs", top / "runs", symlinks=True)
+        yield place
+        server.shutdown()
 
 
 @pytest.fixture
@@ -383,8 +367,8 @@ def test_blocks_are_of_languages_that_some_test_knows():
         ("python train.py --model nobody/nothing", "cannot fetch 'nobody/nothing' from the hub"),
         ("python train.py --dataset_path https://example.com/chats.json", "/example.com/chats.json: "),
         ("python -m benchmarks --no_such_option", "unrecognized arguments: --no_such_option"),
-        ("pip install left-pad", "nothing stands in for pip install left-pad"),
-        ("pip install torch==1.0", "torch 1.0 is not what the requirements pin"),
+        ("pip install left-pad", "left-pad is not pinned so in the requirements, nor known to exist"),
+        ("pip install torch==1.0", "torch==1.0 is not pinned so"),
         ("docker run --rm -it elsewhere bash", "invalid choice: 'elsewhere'"),
         ("docker run --rm --privileged convai bash", "--privileged"),
         ("docker build -t convai --build-arg COLOUR=red .", "the Dockerfile has no argument COLOUR"),
