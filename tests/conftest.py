@@ -1,148 +1,27 @@
-"""What every test may use: fixed seeds, a cache folder of its own, and tiny models with random weights."""
+"""Fixtures of all tests: fixed seeds, tiny models, and a file, a cache and a server of a test's own."""
 
 import os
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before it is imported: its threads and a test's processes do not mix
+# Before torch and tokenizers are imported, here and in the processes that tests start. Tiny models are fastest on one
+# thread, sums keep their order, and threads do not wait for each other on a busy machine. What is slow has not failed:
+# only faulthandler_timeout, in pyproject.toml, ends what hangs.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_DOWNLOAD_TIMEOUT": "3600", "HF_HUB_ETAG_TIMEOUT": "3600"}
 
-import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from ignite.utils import manual_seed
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from files import find_model
-from model import DialogModel, load_model
-from utils import DialogTokenizer, load_tokenizer
-
-TEXTS = [
-    "hello , how are you doing today ?",
-    "i'm fine , thanks . i just came back from walking my three dogs .",
-    "i do not like rain , but i like the sea . don't you ?",
-    "what do you do for a living ?",
-    "i teach music to children at a small school . my favorite color is green .",
-    "that sounds like fun ! i work as a cook and i love to eat fish .",
-    "my sister has two cats and my brother drives a red car .",
-]
-
-# The few sizes that make a model tiny, by the names each architecture has for them.
-GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-LLAMA_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-SIZES = {
-    "openai-gpt": GPT2_SIZES,
-    "gpt2": GPT2_SIZES,
-    "llama": LLAMA_SIZES,
-    "qwen3": LLAMA_SIZES | {"head_dim": 8},
-    "mistral": LLAMA_SIZES,
-    "gemma": LLAMA_SIZES | {"head_dim": 8},
-    "gemma2": LLAMA_SIZES | {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "cohere": LLAMA_SIZES | {"logit_scale": 0.5},
-    "granite": LLAMA_SIZES | {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
-    "opt": {
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "ffn_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-    },
-    "gpt_neox": {name: size for name, size in LLAMA_SIZES.items() if name != "num_key_value_heads"},
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
-    "gpt_neo": {
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 32,  # less than a packed row, more than a short one
-        "max_position_embeddings": 128,
-    },
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-}
-
-
-def write_tokenizer(folder: Path, kind: str, vocab_size: int) -> int:
-    """Learn a BPE vocabulary from TEXTS and write it as a model of that kind has it; the number of its tokens."""
-    settings = {"vocab_size": vocab_size, "show_progress": False}
-    if kind == "openai-gpt":  # lower-case words, each ending in </w>
-        bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-        bpe.normalizer, bpe.pre_tokenizer = (
-            normalizers.BertNormalizer(lowercase=True),
-            pre_tokenizers.BertPreTokenizer(),
-        )
-        letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>-:;")
-        # Every letter also as the last of a word, which the trainer learns only where it has seen one.
-        texts = [*TEXTS, " ".join(letters)]
-        bpe.train_from_iterator(
-            texts,
-            trainers.BpeTrainer(
-                end_of_word_suffix="</w>", special_tokens=["<unk>"], initial_alphabet=letters, **settings
-            ),
-        )
-    else:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator(
-            TEXTS, trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], **settings)
-        )
-    if kind in ("openai-gpt", "gpt2"):
-        bpe.model.save(str(folder))  # vocab.json and merges.txt
-        (folder / "tokenizer_config.json").write_text("{}")
-    else:
-        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(folder)
-    return bpe.get_vocab_size()
-
-
-def write_model(folder: Path, kind: str, weights: bool = True, vocab_size: int = 320, **changes) -> Path:
-    """A folder as the hub has one for a pretrained model of that kind: config, tokenizer and weights.
-
-    Width 32, two layers. The weights are large enough that every part of the model makes a difference.
-
-    Args:
-        weights: False leaves them out.
-        changes: of the configuration.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = write_tokenizer(folder, kind, vocab_size)
-    config = AutoConfig.for_model(
-        kind, **{"vocab_size": vocab_size, "initializer_range": 0.2, **SIZES[kind], **changes}
-    )
-    if not weights:
-        settings = config.to_diff_dict() | {"model_type": kind}
-        (folder / "config.json").write_text(json.dumps(settings))
-        return folder
-    lm = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-            elif name.endswith("bias"):  # zero as they are made, which would hide a lost one
-                parameter.normal_(std=0.1)
-    lm.save_pretrained(folder)
-    return folder
-
-
-def load_folder(folder: Path, **options) -> tuple[DialogModel, DialogTokenizer]:
-    """A model folder loaded the way the scripts do it, on the CPU."""
-    files = find_model(str(folder))
-    tokenizer = load_tokenizer(files, options.pop("pre_tokenizer", None))
-    return load_model(files, tokenizer, torch.device("cpu"), **options), tokenizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # tiny models are faster so, and sums keep their order
+import files
+from helpers import Server
+from model import DialogModel
+from tiny_models import load_folder, write_model
+from utils import DialogTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +74,47 @@ def dialog_model(tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         return folders[kind]
 
     return folder
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(content)` puts bytes, or text, into a file whose name says nothing and returns its path."""
+
+    def write(content: bytes | str, name: str = "dataset") -> str:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    """A server in this process."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # written whole or not at all
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between two attempts
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder that downloads go into."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches" / "improvedflend"
+
+
+@pytest.fixture
+def lock_asked(monkeypatch) -> threading.Semaphore:
+    """Goes up by one each time that the lock of a file is asked for."""
+    asked = threading.Semaphore(0)
+
+    def lock(path: str) -> FileLock:
+        asked.release()
+        return FileLock(path)
+
+    monkeypatch.setattr(files, "FileLock", lock)
+    return asked

@@ -3,12 +3,9 @@
 import gzip
 import json
 import logging
-import os
 import pickle
 import re
-import subprocess
-import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,41 +13,9 @@ import pytest
 
 import utils
 from cli import UserError
-from dialogs import Dialog, Utterance, load_personas, read_dataset, replies_of, split_dialogs, training_texts
+from dialogs import Dialog, Utterance, load_personas, replies_of, split_dialogs, training_texts
+from helpers import DIALOG, TURNS, CountingTokenizer, json_lines, read
 from utils import load_dataset, with_distractors
-
-
-class CountingTokenizer:
-    """The ids of a text are its characters; `seen` is every text it was asked for."""
-
-    def __init__(self, name: str = "characters"):
-        self.name, self.seen = name, []
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        self.seen += texts
-        return [[ord(c) for c in text] for text in texts]
-
-    def fingerprint(self) -> str:
-        return self.name
-
-
-@pytest.fixture
-def write(tmp_path):
-    """`write(content)` puts bytes, or text, into a file whose name says nothing and returns its path."""
-
-    def write(content: bytes | str, name: str = "dataset") -> str:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(tmp_path / name)
-
-    return write
-
-
-def read(path: str) -> dict[str, list[Dialog]]:
-    return {split: list(dialogs) for split, dialogs in read_dataset(path).items()}
-
-
-def json_lines(*records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def dialog_lines(count: int, reply: str = "a{}") -> str:
@@ -66,7 +31,6 @@ def texts(split: utils.Split, name: str, index: int) -> list[str]:
 # Formats
 # ------------------------------------------------------------------------------------------------------------
 
-DIALOG = Dialog(["i like cats.", "é"], [Utterance(["hi"], ["hello"]), Utterance(["hi", "hello", "bye"], ["see you"])])
 RECORD = {
     "personality": ["i like cats.", "é"],
     "utterances": [
@@ -74,7 +38,6 @@ RECORD = {
         {"history": ["hi", "hello", "bye"], "candidates": ["see you"]},
     ],
 }
-TURNS = {"personality": ["i like cats.", "é"], "dialog": ["hi", "hello", "bye", "see you"]}
 MESSAGES = {
     "messages": [
         {"role": "system", "content": "i like cats. é"},
@@ -533,41 +496,16 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(cache, write, tm
         load_dataset(write(dialog_lines(3)), "", cache, CountingTokenizer(), progress=False)
 
 
-class SlowTokenizer(CountingTokenizer):
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        time.sleep(0.5)  # the other process arrives meanwhile
-        return super().encode(texts)
+def test_of_two_at_once_one_tokenises(write, tmp_path, lock_asked):
+    class Patient(CountingTokenizer):
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            for _ in range(2):  # until the other one waits
+                lock_asked.acquire()
+            return super().encode(texts)
 
-
-def load_slowly(folder: str, name: str) -> list[str]:
-    """Wait for the other process, load the dataset, and say which texts were tokenised here, then all questions."""
-    Path(folder, f"ready-{name}").touch()
-    while len(list(Path(folder).glob("ready-*"))) < 2:
-        time.sleep(0.01)
-    tokenizer = SlowTokenizer()
-    splits = load(f"{folder}/dataset", Path(folder, "cache.bin"), tokenizer)
-    questions = [texts(split, "history", i)[0] for split in splits.values() for i in range(len(split))]
-    return [str(len(tokenizer.seen)), *questions]
-
-
-def test_of_two_processes_at_once_one_tokenises(write, tmp_path):
-    write(dialog_lines(3))
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import sys, test_data; print(*test_data.load_slowly(*sys.argv[1:]))", tmp_path, "b"],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(Path(utils.__file__).parent), str(Path(__file__).parent)])},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while child.poll() is None and not (tmp_path / "ready-b").exists():
-            time.sleep(0.01)
-        assert child.poll() is None
-        mine, (theirs, _) = load_slowly(str(tmp_path), "a"), child.communicate(timeout=60)
-    finally:
-        child.kill()
-    (tokenised, *questions), (tokenised_there, *questions_there) = mine, theirs.split()
-    assert sorted([tokenised, tokenised_there]) == ["0", "9"]
-    assert sorted(questions) == ["q0", "q1", "q2"]
-    assert questions == questions_there
+    path, tokenizers = write(dialog_lines(3)), [Patient(), Patient()]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda tokenizer: contents(load(path, tmp_path / "cache.bin", tokenizer)), tokenizers)
+    assert sorted(len(tokenizer.seen) for tokenizer in tokenizers) == [0, 9]
+    assert first == second
     assert len(list(tmp_path.glob("cache_*.bin"))) == 1

@@ -1,10 +1,7 @@
 """Downloads, archives and where a model's files are; every URL is a server in this process."""
 
-import io
-import re
 import tarfile
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,69 +11,7 @@ import files
 from cli import UserError
 from dialogs import read_dataset
 from files import ModelFiles, download, find_finetuned_model, find_model, unpack
-
-CONTENT = bytes(range(256)) * 100
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `content`, each answer in the next of the ways in `answers` ("whole" where there is none left)."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/data.json"
-        self.content, self.answers, self.ranges = CONTENT, [], []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self):  # noqa: N802
-        wanted, content = self.headers["Range"], self.server.content
-        self.server.ranges.append(wanted)
-        answer = self.server.answers.pop(0) if self.server.answers else "whole"
-        if answer.isdecimal():
-            self.send_error(int(answer))
-            return
-        if answer == "late":
-            threading.Event().wait(0.2)
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and answer != "without ranges" else 0
-        if start and start >= len(content):
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(content[start : start + 5000] if answer == "cut" else content[start:])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # written whole or not at all
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between two attempts
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """The folder that downloads go into."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    return tmp_path / "caches" / "improvedflend"
-
-
-def kept(cache: Path) -> list[str]:
-    """The names in the cache, without locks."""
-    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
-
+from helpers import CONTENT, Server, kept, member, write_tar
 
 # ------------------------------------------------------------------------------------------------------------
 # Downloads
@@ -93,8 +28,9 @@ def test_a_file_is_fetched_whole_and_once(server, cache):
     assert server.ranges == [None]
 
 
-def test_of_two_at_once_one_fetches(server, cache):
+def test_of_three_at_once_one_fetches(server, cache, lock_asked):
     server.answers, paths = ["late"], []
+    server.late = lambda: [lock_asked.acquire() for _ in range(3)]  # until the others wait
     threads = [threading.Thread(target=lambda: paths.append(download(server.url, ""))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -197,22 +133,6 @@ def test_a_dataset_that_is_not_there_says_what_to_pass(server, cache, monkeypatc
 # ------------------------------------------------------------------------------------------------------------
 # Archives
 # ------------------------------------------------------------------------------------------------------------
-
-
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
-    return info
-
-
-def write_tar(path: Path, *members: tarfile.TarInfo | str) -> Path:
-    """A .tar.gz; every file in it holds {}."""
-    with tarfile.open(path, "w:gz") as tar:
-        for info in members:
-            info = member(info) if isinstance(info, str) else info
-            info.size = 2 if info.isreg() else 0
-            tar.addfile(info, io.BytesIO(b"{}"))
-    return path
 
 
 @pytest.mark.parametrize(

@@ -2,44 +2,13 @@
 
 import logging
 
-import numpy as np
 import pytest
 import torch
 
+from helpers import IDS, make_split
 from inputs import Instance, Instances, batches_by_length, build_prefix, collate, fit
-from utils import SpecialIds, Split
 
-B, E, P, S1, S2 = 90, 91, 92, 93, 94  # <bos> <eos> <pad> <speaker1> <speaker2>
-IDS = SpecialIds(bos=B, eos=E, pad=P, speaker1=S1, speaker2=S2, all=frozenset([B, E, P, S1, S2]))
-
-
-def make_split(dialogs) -> Split:
-    """A split as the cache holds it. dialogs: (persona, [(history, candidates), ...]), all in lists of token ids."""
-    strings: list[list[int]] = []
-    lists = {name: [[]] for name in ("persona", "history", "candidates")}  # behind an empty list: the first offset
-
-    def add(name: str, texts: list[list[int]]) -> None:
-        lists[name].append(list(range(len(strings), len(strings) + len(texts))))
-        strings.extend(texts)
-
-    dialog_of_utterance = []
-    for number, (persona, utterances) in enumerate(dialogs):
-        add("persona", persona)
-        for history, candidates in utterances:
-            dialog_of_utterance.append(number)
-            add("history", history)
-            add("candidates", candidates)
-    arrays = {
-        "tokens": np.array(sum(strings, []), np.int32),
-        "token_offsets": np.cumsum([0, *map(len, strings)]),
-        "texts": np.zeros(0, np.uint8),
-        "text_offsets": np.zeros(len(strings) + 1, np.int64),
-        "x.dialogs": np.array(dialog_of_utterance, np.int32),
-    }
-    for name, parts in lists.items():
-        arrays[f"x.{name}"] = np.array(sum(parts, []), np.int32)
-        arrays[f"x.{name}_offsets"] = np.cumsum([len(part) for part in parts])
-    return Split(arrays, "x")
+B, E, P, S1, S2 = IDS.bos, IDS.eos, IDS.pad, IDS.speaker1, IDS.speaker2
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from cpu import PackedLinear, pack_weights
 from files import ModelFiles
 from inputs import Instance, collate
 from model import attend, gold_ranks, load_model
+from tiny_models import write_gguf
 from utils import load_tokenizer
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
@@ -443,57 +443,6 @@ def test_folder_with_only_a_config_is_trained_from_scratch(kind, make_model, tmp
     assert model.lm.get_input_embeddings().num_embeddings == len(tokenizer) == model.lm.config.vocab_size
     batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
     assert model(batch).lm_nll.isfinite().all()
-
-
-# The names of a Llama's tensors in transformers and in a .gguf file.
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "model.layers": "blk",
-    "lm_head": "output",
-}
-
-
-def write_gguf(path: Path, folder: Path) -> None:
-    """A Llama folder as one .gguf file, the way llama.cpp's converter writes it."""
-    config = json.loads((folder / "config.json").read_text())
-    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads["q_proj"])
-    writer.add_head_count_kv(heads["k_proj"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads["q_proj"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        for part, count in heads.items():
-            if part in name:  # llama.cpp pairs a head's neighbours for its rotation, transformers its halves
-                tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        for theirs, short in GGUF_NAMES.items():
-            name = name.replace(theirs, short)
-        writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_file_is_a_plain_model(tiny, tmp_path, load):

@@ -9,18 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_inputs import IDS, make_split
 
 from cli import Decoding, UserError
 from dialogs import Dialog, Utterance, read_dataset
 from generation import draw, filtered_probabilities
+from helpers import IDS, make_split
 from inputs import Instances, build_prefix, collate, fit
 from utils import DialogTokenizer, detokenize, learn_bpe, spacy_words
 
-settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=100)
-settings.load_profile("same every time")
+settings.register_profile(
+    "same every time, however slow",
+    derandomize=True,
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("same every time, however slow")
 
 # ------------------------------------------------------------------------------------------------------------
 # Input building

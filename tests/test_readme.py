@@ -19,8 +19,6 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from stand_ins import write_programs
-from test_model import write_gguf
 
 import cli
 import convai_evaluation
@@ -29,6 +27,8 @@ import files
 import interact
 import train
 from dialogs import Dialog, Utterance, read_dataset
+from stand_ins import write_programs
+from tiny_models import write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXTS
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
@@ -24,6 +23,7 @@ from cli import Decoding, UserError, log
 from files import find_run
 from generation import generate_replies
 from inputs import build_prefix
+from tiny_models import TEXTS
 
 
 def run_train(*options) -> list[str]:

@@ -1,0 +1,150 @@
+"""What several test files share beside the fixtures of conftest.py: datasets, token ids, a server and archives."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+
+from dialogs import Dialog, Utterance, read_dataset
+from utils import SpecialIds, Split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(name: str | Path, *arguments, **options) -> subprocess.CompletedProcess:
+    """One of the scripts in a process of its own, until it ends; its output as text."""
+    command = [sys.executable, ROOT / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dialogs and their tokens
+# ------------------------------------------------------------------------------------------------------------
+
+DIALOG = Dialog(["i like cats.", "é"], [Utterance(["hi"], ["hello"]), Utterance(["hi", "hello", "bye"], ["see you"])])
+TURNS = {"personality": ["i like cats.", "é"], "dialog": ["hi", "hello", "bye", "see you"]}
+
+
+def read(path: str) -> dict[str, list[Dialog]]:
+    return {split: list(dialogs) for split, dialogs in read_dataset(path).items()}
+
+
+def json_lines(*records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+class CountingTokenizer:
+    """The ids of a text are its characters; `seen` is every text it was asked for."""
+
+    def __init__(self, name: str = "characters"):
+        self.name, self.seen = name, []
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        self.seen += texts
+        return [[ord(c) for c in text] for text in texts]
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+IDS = SpecialIds(bos=90, eos=91, pad=92, speaker1=93, speaker2=94, all=frozenset(range(90, 95)))
+
+
+def make_split(dialogs) -> Split:
+    """A split as the cache holds it. dialogs: (persona, [(history, candidates), ...]), all in lists of token ids."""
+    strings: list[list[int]] = []
+    lists = {name: [[]] for name in ("persona", "history", "candidates")}  # behind an empty list: the first offset
+
+    def add(name: str, texts: list[list[int]]) -> None:
+        lists[name].append(list(range(len(strings), len(strings) + len(texts))))
+        strings.extend(texts)
+
+    dialog_of_utterance = []
+    for number, (persona, utterances) in enumerate(dialogs):
+        add("persona", persona)
+        for history, candidates in utterances:
+            dialog_of_utterance.append(number)
+            add("history", history)
+            add("candidates", candidates)
+    arrays = {
+        "tokens": np.array(sum(strings, []), np.int32),
+        "token_offsets": np.cumsum([0, *map(len, strings)]),
+        "texts": np.zeros(0, np.uint8),
+        "text_offsets": np.zeros(len(strings) + 1, np.int64),
+        "x.dialogs": np.array(dialog_of_utterance, np.int32),
+    }
+    for name, parts in lists.items():
+        arrays[f"x.{name}"] = np.array(sum(parts, []), np.int32)
+        arrays[f"x.{name}_offsets"] = np.cumsum([len(part) for part in parts])
+    return Split(arrays, "x")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Downloads and archives
+# ------------------------------------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 100
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content`, each answer in the next of the ways in `answers` ("whole" where there is none left)."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/data.json"
+        self.content, self.answers, self.ranges = CONTENT, [], []
+        self.late = lambda: None  # what an answer that is "late" waits for
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):  # noqa: N802
+        wanted, content = self.headers["Range"], self.server.content
+        self.server.ranges.append(wanted)
+        answer = self.server.answers.pop(0) if self.server.answers else "whole"
+        if answer.isdecimal():
+            self.send_error(int(answer))
+            return
+        if answer == "late":
+            self.server.late()
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and answer != "without ranges" else 0
+        if start and start >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[start : start + 5000] if answer == "cut" else content[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+def kept(cache: Path) -> list[str]:
+    """The names in the cache, without locks."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def write_tar(path: Path, *members: tarfile.TarInfo | str) -> Path:
+    """A .tar.gz; every file in it holds {}."""
+    with tarfile.open(path, "w:gz") as tar:
+        for info in members:
+            info = member(info) if isinstance(info, str) else info
+            info.size = 2 if info.isreg() else 0
+            tar.addfile(info, io.BytesIO(b"{}"))
+    return path
