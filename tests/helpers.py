@@ -17,9 +17,9 @@ from utils import SpecialIds, Split
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_script(name: str | Path, *arguments, **options) -> subprocess.CompletedProcess:
-    """One of the scripts in a process of its own, until it ends; its output as text."""
-    command = [sys.executable, ROOT / name, *map(str, arguments)]
+def run_python(*arguments, **options) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` in the project's folder until it ends, with its output as text."""
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", **options)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import string
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,6 +28,7 @@ from convai_evaluation import (
     reply_figures,
     split_words,
 )
+from helpers import run_python
 from inputs import Instances, batches_by_length, collate
 from utils import load_dataset
 
@@ -723,11 +723,8 @@ def test_two_processes_split_the_work_and_give_the_same_figures(dialog_model, co
     arguments = ["--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"]
     arguments += ["--valid_batch_size", "4", "--dataset_cache", tmp_path / "cache.bin", "--device", "cpu"]
     command(*arguments, "--output", tmp_path / "one.json")
-    script = Path(__file__).resolve().parent.parent / "convai_evaluation.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
-    done = subprocess.run(
-        list(map(str, [*launch, "--output", tmp_path / "two.json"])), capture_output=True, text=True, timeout=300
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_python(*launcher, "convai_evaluation.py", *arguments, "--output", tmp_path / "two.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("FINAL") == 3  # one process reports
     one, two = (json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in ("one", "two"))

@@ -5,10 +5,7 @@ import json
 import os
 import random
 import re
-import select
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import interact
 from cli import Decoding, UserError, printable
 from dialogs import MAX_MESSAGE, check_message, load_personas, read_dataset
 from generation import Conversation, Generation, PrefixCache, Reply, generate_replies, rank, repeating
+from helpers import run_python
 from inputs import build_prefix
 
 ROOT = Path(interact.__file__).parent
@@ -426,18 +424,19 @@ class Screen:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def until(self, pattern: str, seconds: float = 240) -> str:
+    def read(self) -> bool:
+        """Wait for more to be shown, and add it to `text`; whether there was more before the program ended."""
+        try:
+            new = os.read(self.terminal, 65536)
+        except OSError:  # Linux's way to say that the other side is closed
+            new = b""
+        self.text += new.decode(errors="replace").replace("\r", "")
+        return bool(new)
+
+    def until(self, pattern: str) -> str:
         """What is shown up to and with `pattern`; the next call goes on behind it."""
-        deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.text)):
-            ready, _, _ = select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"no {pattern!r} in {self.text!r}"
-            try:
-                new = os.read(self.terminal, 65536).decode(errors="replace")
-            except OSError:  # Linux's way to say that the other side is closed
-                new = ""
-            assert new, f"ended without {pattern!r}: {self.text!r}"
-            self.text += new.replace("\r", "")
+            assert self.read(), f"ended without {pattern!r}: {self.text!r}"
         shown, self.text = self.text[: match.end()], self.text[match.end() :]
         return shown
 
@@ -447,22 +446,11 @@ class Screen:
         self.until(re.escape(text) + r"\n")
         return self.until(">>> ")[: -len("\n>>> ")]
 
-    def end(self, again: str = "") -> int:
-        """The exit status; `again` is typed every few seconds until there is one."""
-        deadline, next_try = time.monotonic() + 240, time.monotonic() + 5
-        while time.monotonic() < deadline:
-            if again and time.monotonic() > next_try:
-                self.type(again)
-                next_try += 5
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            if select.select([self.terminal], [], [], 0.1)[0]:
-                try:
-                    self.text += os.read(self.terminal, 65536).decode(errors="replace").replace("\r", "")
-                except OSError:
-                    time.sleep(0.1)
-        raise AssertionError(f"it does not end: {self.text!r}")
+    def end(self) -> int:
+        """The exit status."""
+        while self.read():
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
@@ -538,20 +526,9 @@ def test_ctrl_c_stops_a_reply_and_ends_the_chat_at_the_prompt(make_model, load, 
     screen.type("x" * (MAX_MESSAGE + 1) + "\n")  # its echo is wrapped
     screen.until(r"characters; expected at most[^\n]*\n>>> ")
     assert "type something" in screen.say("").lower()
-    screen.type("\x03")
-    assert screen.end(again="\x03") == 0  # readline loses a signal that comes before it waits for a key
+    screen.type("\x03\n")  # readline overlooks a signal that comes before it waits for a key, until the line ends
+    assert screen.end() == 0
     assert "Traceback" not in screen.text
-
-
-def run(*args: str | Path, lines: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "interact.py"), *map(str, args)],
-        input=lines,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) -> None:
@@ -559,7 +536,8 @@ def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) ->
     transcript = tmp_path / "chats.jsonl"
     options = ["--model", dialog_model("gpt2"), "--personality", "i like tea .", "--n_replies", "3"]
     lines = "hello\n\n/quit\n//x\n"
-    ended = run(*options, "--no_repeat_ngram", "3", "--transcript", transcript, lines=lines)
+    options += ["--no_repeat_ngram", "3", "--transcript", transcript]
+    ended = run_python("interact.py", *options, input=lines)
     assert ended.returncode == 0, ended.stderr
     replies = ended.stdout.splitlines()
     assert len(replies) == 4 and replies[1] == "" and all(replies[i] for i in (0, 2, 3))
@@ -570,6 +548,6 @@ def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) ->
 
 def test_wrong_options_are_one_line(dialog_model) -> None:
     for options in (["--n_replies", "3", "--no_sample"], ["--no_repeat_ngram", "-1"], ["--rerank", "dice"]):
-        ended = run("--model", dialog_model("gpt2"), "--personality", "hi", *options)
+        ended = run_python("interact.py", "--model", dialog_model("gpt2"), "--personality", "hi", *options)
         assert ended.returncode == 2 and ended.stdout == ""
         assert re.fullmatch(r"error: .+\n", ended.stderr)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import (
 from cli import UserError
 from cpu import PackedLinear, pack_weights
 from files import ModelFiles
+from helpers import run_python
 from inputs import Instance, collate
 from model import attend, gold_ranks, load_model
 from tiny_models import write_gguf
@@ -365,8 +364,7 @@ def test_loading_a_legacy_checkpoint_prints_nothing(tiny, tmp_path):
         "    files = find_model(folder)\n"
         "    load_model(files, load_tokenizer(files), torch.device('cpu'))\n"
     )
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", script, *folders], cwd=root, capture_output=True, text=True)
+    done = run_python("-c", script, *folders)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -2,24 +2,17 @@
 
 import ast
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, run_python
+
 # Each room may import those before it; scripts and the page never import each other, but for the page by interact.py.
 ROOMS = ["cli", "files", "dialogs", "utils", "inputs", "model", "cpu", "generation", "learner", "runs"]
 SCRIPTS = ["train", "interact", "convai_evaluation", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
 MAY_IMPORT["interact"].add("web")
-
-
-def script(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
@@ -41,7 +34,7 @@ def test_train_evaluate_and_talk(tmp_path):
     """Two epochs on the embedded sample: the loss falls, and the checkpoint serves everything."""
     cache = ["--dataset_path", "data/sample.json", "--dataset_cache", tmp_path / "cache.bin"]
     options = ["--lr", "1e-3", "--n_epochs", "2", "--gradient_accumulation_steps", "1", "--train_batch_size", "8"]
-    trained = script("train.py", "--model", "data/tiny-gpt", *cache, *options, "--runs_dir", tmp_path / "runs")
+    trained = run_python("train.py", "--model", "data/tiny-gpt", *cache, *options, "--runs_dir", tmp_path / "runs")
     assert trained.returncode == 0, trained.stderr
     (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
     assert f"python interact.py --model_checkpoint {run} --dataset_path data/sample.json" in trained.stderr
@@ -53,10 +46,10 @@ def test_train_evaluate_and_talk(tmp_path):
     assert any(run.glob("events.*"))
     assert AutoModelForCausalLM.from_pretrained(run).config.vocab_size == 2000
 
-    evaluated = script("convai_evaluation.py", "--model_checkpoint", run, *cache, "--limit", "8")
+    evaluated = run_python("convai_evaluation.py", "--model_checkpoint", run, *cache, "--limit", "8")
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.splitlines()[-1].startswith("FINAL Hits@1: 0.")
-    said = script("interact.py", "--model", run, "--dataset_path", "data/sample.json", input="Hi!\nHow are you?\n")
+    said = run_python("interact.py", "--model", run, "--dataset_path", "data/sample.json", input="Hi!\nHow are you?\n")
     assert said.returncode == 0, said.stderr
     assert len(said.stdout.splitlines()) == 2
 
@@ -78,7 +71,7 @@ def test_train_evaluate_and_talk(tmp_path):
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, said):
-    done = script(*arguments)
+    done = run_python(*arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and said in line
