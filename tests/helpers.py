@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dialogs import Dialog, Utterance, read_dataset
 from utils import SpecialIds, Split
@@ -21,6 +23,26 @@ def run_python(*arguments, **options) -> subprocess.CompletedProcess:
     """`python ARGUMENTS` in the project's folder until it ends, with its output as text."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def signal_after(number: int, steps: int, calls: int = 0) -> None:
+    """Let this process send itself a signal once it has taken so many optimiser steps.
+
+    Args:
+        calls: and after so many calls of functions, or returns, behind them.
+    """
+    steps_left, calls_left = iter(range(steps - 1)), iter(range(calls))
+
+    def count_step(*_) -> None:
+        if next(steps_left, None) is None:
+            sys.setprofile(count_call)
+
+    def count_call(*_) -> None:
+        if next(calls_left, None) is None:
+            sys.setprofile(None)
+            os.kill(os.getpid(), number)
+
+    register_optimizer_step_post_hook(count_step)
 
 
 # ------------------------------------------------------------------------------------------------------------
