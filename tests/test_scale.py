@@ -449,18 +449,6 @@ def test_damaged_checkpoints_and_a_full_disk(uninterrupted, tmp_path):
     assert "no checkpoint" in error
 
 
-def test_keep_best(options, tmp_path):
-    """The root of the run folder holds the epoch of best Hits@1, then NLL; here not the last one."""
-    run = tmp_path / "run"
-    training(run, *options(run), "--keep_best", "--lr", 0.05)
-    scores = [(record["hits@1"], -record["nll"]) for record in validations(run)]
-    assert len(scores) == 4 and max(scores) != scores[-1]
-    again = tmp_path / "again"
-    training(again, *options(again, model=run / "runs" / "latest"), "--n_epochs", 0)
-    (found,) = validations(again)
-    assert (found["hits@1"], -found["nll"]) == pytest.approx(max(scores), abs=1e-6)
-
-
 def test_options_of_a_resumed_run(uninterrupted, monkeypatch):
     """The saved ones hold; those that would change what a step computes are refused."""
     folder = uninterrupted(1) / "runs" / "latest"
