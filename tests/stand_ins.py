@@ -82,7 +82,7 @@ def download_from_near() -> None:
     import files
 
     download = files.download
-    files.download = lambda url, instead: download(url.replace("https:/", os.environ["HF_ENDPOINT"]), instead)
+    files.download = lambda url, instead: download(url.replace("https:/", os.environ["FAR"]), instead)
 
 
 def without_gradio() -> None:

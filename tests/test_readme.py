@@ -1,10 +1,9 @@
 """README.md and CONTRIBUTING.md: every command runs, every option and format is as they say, every link leads there.
 
 Each command block is run by bash as it stands, in a copy of the repository with a small dataset; `stand_ins.py` holds
-what stands in for Python's start, eight GPUs, Docker and the like, and a server here for the hub and S3.
+what stands in for eight GPUs, Docker and the like; a server here has the files of S3, and a cache those of the hub.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -204,39 +203,8 @@ def test_links_and_pictures_lead_somewhere(page):
 # ------------------------------------------------------------------------------------------------------------
 
 SAID = "hello , how are you ?\nwhat do you do ?\n"
+KEPT = ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_DOWNLOAD_TIMEOUT")
 PUBLISHED = "runs/Apr17_13-31-38_thunder"
-
-
-class Far(SimpleHTTPRequestHandler):
-    """The hub, of which an API answers what files a model has, and files of other hosts."""
-
-    def do_GET(self):  # noqa: N802
-        found = re.match(r"/api/models/(.*)/(revision/main|tree/)", self.path)
-        if found and Path(self.directory, found[1]).is_dir():
-            files = sorted(Path(self.directory, found[1]).iterdir())
-            about: object = {"id": found[1], "sha": "a" * 40, "siblings": [{"rfilename": file.name} for file in files]}
-            if found[2] == "tree/":
-                about = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "b" * 40} for f in files]
-            body = json.dumps(about).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        else:
-            super().do_GET()
-
-    def translate_path(self, path: str) -> str:
-        return super().translate_path(re.sub(r"/resolve/a{40}/", "/", path))
-
-    def end_headers(self) -> None:
-        if "/resolve/" in self.path:
-            self.send_header("X-Repo-Commit", "a" * 40)
-            self.send_header("ETag", f'"{hashlib.sha256(self.path.encode()).hexdigest()[:40]}"')
-        super().end_headers()
-
-    def log_message(self, *_) -> None:
-        pass
 
 
 class Workplace(NamedTuple):
@@ -262,6 +230,15 @@ def small(splits: dict) -> dict:
     return splits
 
 
+def write_hub_cache(folder: Path, models: dict[str, Path]) -> None:
+    """Models as huggingface_hub keeps those that it has downloaded, and finds them where it cannot reach the hub."""
+    for name, model in models.items():
+        cached = folder / f"models--{name.replace('/', '--')}"
+        shutil.copytree(model, cached / "snapshots" / "1")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("1")
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tiny, dialog_model):
     """A copy of the repository with what the pages take for granted in it: runs, chats, ConvAI2's files."""
@@ -280,9 +257,8 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     for name in ("models", PUBLISHED):
         shutil.copytree(dialog_model("openai-gpt"), folder / name)
 
-    for name, kind in {"openai-community/openai-gpt": "openai-gpt", "Qwen/Qwen3-0.6B": "qwen3"}.items():
-        shutil.copytree(tiny(kind), far / name)
-    shutil.copytree(tiny("gpt2"), far / "openai-community/gpt2")
+    kinds = {"openai-community/openai-gpt": "openai-gpt", "openai-community/gpt2": "gpt2", "Qwen/Qwen3-0.6B": "qwen3"}
+    write_hub_cache(top / "hub", {name: tiny(kind) for name, kind in kinds.items()})
     for url in (dialogs.PERSONACHAT_URL, files.FINETUNED_URL):
         (far / url.removeprefix("https://")).parent.mkdir(parents=True)
     (far / dialogs.PERSONACHAT_URL.removeprefix("https://")).write_text(sample)
@@ -290,22 +266,21 @@ def workplace(tmp_path_factory, tiny, dialog_model):
         archive.add(dialog_model("openai-gpt"), ".")
     write_gguf(top / "tiny.gguf", tiny("llama"))
 
-    environment = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "TMPDIR")} | {
+    environment = {name: value for name, value in os.environ.items() if name in KEPT} | {
         "PATH": str(top / "bin"),
         "PYTHON_EXEC": str(top / "bin" / "python"),  # what torch's launcher starts
         "XDG_CACHE_HOME": str(top / "cache"),
-        "HF_HOME": str(top / "hub"),
+        "HF_HUB_CACHE": str(top / "hub"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # where nothing listens
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
         "TINY_GGUF": str(top / "tiny.gguf"),
     }
     write_programs(top / "bin")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Far, directory=str(far))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(far))) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        place = Workplace(folder, environment | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"})
+        place = Workplace(folder, environment | {"FAR": f"http://127.0.0.1:{server.server_port}"})
         done = place.run("python train.py --model data/tiny-gpt --dataset_path data/sample.json --lr 1e-3")
         assert done.returncode == 0, done.stderr
         shutil.copytree(folder / "runs", top / "runs", symlinks=True)
