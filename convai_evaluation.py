@@ -463,13 +463,13 @@ def main() -> None:
         splits = load_dataset(
             training, settings.valid_path, settings.dataset_cache, tokenizer, progress=idist.get_rank() == 0
         )
-        from cpu import pack_weights
+        from cpu import optimize_for_cpu_inference
         from model import load_model
 
         model = load_model(files, tokenizer, device)
     if settings.bf16:
         model.bfloat16()
-    pack_weights(model)
+    optimize_for_cpu_inference(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
     figures, results, ranks, replies = evaluate(model, splits, tokenizer, settings, decoding)

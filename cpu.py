@@ -1,20 +1,70 @@
 """Inference on a CPU, hung on a model through one function; leaving it out changes nothing but speed."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from model import DialogModel, same_numbers
 
+# ------------------------------------------------------------------------------------------------------------
+# Attention
+# ------------------------------------------------------------------------------------------------------------
+
+BLOCK = 96  # queries
+
+
+def attention_in_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+) -> tuple[Tensor, None]:
+    """scaled_dot_product_attention for sparse masks: a block of queries at a time, with the keys that it attends to.
+
+    torch's kernel for CPUs computes all scores and then hides most of them: in a packed row with twenty candidates
+    a token attends to half of the columns before it. It is a function of transformers' registry: query
+    (B, H, T, D), key and value (B, H, S, D), a float mask (B, 1, T, S) -> (B, T, H, D).
+    """
+    if attention_mask is None or attention_mask.dtype == torch.bool or query.shape[2] <= BLOCK:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    attended = [
+        sdpa_attention_forward(
+            module, queries, key.index_select(2, columns), value.index_select(2, columns), mask, **options
+        )[0]
+        for queries, (columns, mask) in zip(query.split(BLOCK, dim=2), mask_blocks(attention_mask), strict=True)
+    ]
+    return torch.cat(attended, dim=1), None
+
+
+@lru_cache(maxsize=1)  # all layers of a forward pass are given the same mask
+def mask_blocks(mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each block of queries the columns that one of them attends to, in any row, and the mask of these."""
+    blocks = []
+    for rows in mask.split(BLOCK, dim=2):
+        columns = (rows > torch.finfo(mask.dtype).min).flatten(0, 2).any(0).nonzero()[:, 0]
+        blocks.append((columns, rows.index_select(3, columns)))
+    return blocks
+
+
+AttentionInterface.register("sdpa_in_blocks", attention_in_blocks)
+AttentionMaskInterface.register("sdpa_in_blocks", sdpa_mask)
+
+# ------------------------------------------------------------------------------------------------------------
+# Linear layers
+# ------------------------------------------------------------------------------------------------------------
+
 
 class PackedLinear(nn.Module):
-    """A linear layer of fixed weights (out, in), laid out as oneDNN's products read them, and the GELU behind it."""
+    """A linear layer whose weights are fixed, in the layout that oneDNN reads fastest."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: nn.GELU | None):
+    def __init__(self, layer: nn.Linear | Conv1D):
         super().__init__()
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight  # (out, in)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self.bias = None if bias is None else bias.detach()
-        self.activation = ("gelu", [], gelu.approximate) if gelu else ("none", [], "")
+        self.bias = None if layer.bias is None else layer.bias.detach()
+        self.activation = "none", [], ""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
@@ -26,8 +76,11 @@ def cpu_has_bf16() -> bool:
     return asks is not None and asks()
 
 
+# ------------------------------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
-def pack_weights(model: DialogModel) -> None:
+def optimize_for_cpu_inference(model: DialogModel) -> None:
     """Make a model on a CPU faster, for inference only; its results change by rounding alone.
 
     What torch.compile does with frozen weights, without its minutes. Nothing changes elsewhere, where torch has no
@@ -39,24 +92,22 @@ def pack_weights(model: DialogModel) -> None:
         return
     ids = torch.arange(8)[None]
     expected = model.lm(input_ids=ids, use_cache=False).logits
-    replaced = []
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in (nn.Linear, Conv1D)}
     try:
-        for parent in list(model.lm.modules()):
-            act = getattr(parent, "act", None)
-            gelu = act if type(act) is nn.GELU and hasattr(parent, "c_fc") else None  # GPT-2's family has it behind
-            for name, layer in list(parent.named_children()):
-                if type(layer) in (nn.Linear, Conv1D):
-                    weight = layer.weight if type(layer) is nn.Linear else layer.weight.t()
-                    new = PackedLinear(weight, layer.bias, gelu if name == "c_fc" else None)
-                elif layer is gelu:
-                    new = nn.Identity()
-                else:
-                    continue
-                setattr(parent, name, new)
-                replaced.append((parent, name, layer))
-        packs = same_numbers(model.lm(input_ids=ids, use_cache=False).logits, expected)
+        for name, layer in layers.items():
+            model.set_submodule(name, PackedLinear(layer))
+        exact = same_numbers(model.lm(input_ids=ids, use_cache=False).logits, expected)
     except (RuntimeError, AttributeError):
-        packs = False
-    if not packs:
-        for parent, name, layer in replaced:
-            setattr(parent, name, layer)
+        exact = False
+    if not exact:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        return
+    for module in model.modules():
+        # In GPT-2's family the layer `c_fc` is followed by the activation `act`: one kernel computes both.
+        if hasattr(module, "c_fc") and type(getattr(module, "act", None)) is nn.GELU:
+            module.c_fc.activation = "gelu", [], module.act.approximate
+            module.act = nn.Identity()
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = "sdpa_in_blocks"

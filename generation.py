@@ -1,15 +1,17 @@
-"""How a reply is drawn: sampling, key-value cache, ranking, a conversation. Ids in, ids out.
+"""How a reply is drawn: prefill, decode, sample, rank; a conversation. Ids in, ids out.
 
-Shapes: B rows, T tokens, R rows that are drawn, D hidden size, V vocabulary.
+Shapes: R rows that are drawn, T tokens, S columns that are attended to, D hidden size, V vocabulary.
 """
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import dropwhile
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from cli import Decoding
 from inputs import build_prefix, fit
@@ -17,15 +19,72 @@ from model import DialogModel
 from utils import DialogTokenizer
 
 # ------------------------------------------------------------------------------------------------------------
-# Sampling
+# Replies
 # ------------------------------------------------------------------------------------------------------------
 
 
-NUCLEI = 64, 1024  # tokens: sizes to try before the whole vocabulary
+@dataclass(frozen=True)
+class Reply:
+    """A reply as far as it is drawn."""
+
+    tokens: list[int] = field(default_factory=list)
+    complete: bool = False  # it ended of itself, not at its longest length
+    log_likelihood: float = 0.0  # of its tokens and the special one at its end, in the model's own distribution
+    mc_score: float | None = None  # of the multiple-choice head, which reads the <eos> after a whole reply
+
+    @property
+    def token_log_likelihood(self) -> float:
+        """The log-likelihood per token."""
+        return self.log_likelihood / max(len(self.tokens) + self.complete, 1)
+
+    def goes_on(self, decoding: Decoding) -> bool:
+        return not self.complete and len(self.tokens) < decoding.max_length
+
+    def extended(self, token: int, log_likelihood: float, special: frozenset[int]) -> "Reply":
+        """With one more token. A special one ends the reply; after its end nothing is added."""
+        if self.complete:
+            return self
+        ends = token in special
+        tokens = self.tokens if ends else [*self.tokens, token]
+        return replace(self, tokens=tokens, complete=ends, log_likelihood=self.log_likelihood + log_likelihood)
+
+
+def rank_replies(replies: list[Reply], rerank: str) -> list[Reply]:
+    """The best first: by the multiple-choice head (ties by likelihood), by likelihood per token, or by their sum."""
+    keys = {
+        "mc": lambda reply: (reply.mc_score, reply.token_log_likelihood),
+        "lm": lambda reply: reply.token_log_likelihood,
+        # A softmax over the scores would take the same from each, so the score itself stands for its log-probability.
+        "both": lambda reply: reply.mc_score + reply.token_log_likelihood,
+    }
+    return sorted(replies, key=keys[rerank], reverse=True)
+
+
+Token = tuple[int, int]  # its id, and its token type (the id of its speaker)
+
+
+@dataclass
+class Row:
+    """A reply in the making, and what it is drawn with."""
+
+    prefix: list[Token]
+    generator: torch.Generator
+    reply: Reply = field(default_factory=Reply)
+
+    def history(self) -> list[int]:
+        """The prefix without its persona: from the first speaker on, whose id is also the token's type."""
+        return [token for token, _ in dropwhile(lambda token: token[0] != token[1], self.prefix)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------------------
+
+NUCLEUS_SIZES = 64, 1024  # tokens: where the nucleus is looked for before the whole vocabulary
 
 
 def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, section 3.1). (B, V) -> (B, V)
+    """Temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, section 3.1). (R, V) -> (R, V)
 
     The nucleus is the smallest set of likeliest tokens whose probability reaches top_p; it is never empty.
     """
@@ -36,72 +95,85 @@ def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     probabilities = logits.softmax(-1)
     if 0 < decoding.top_p < 1:
         # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
-        for size in (*NUCLEI, probabilities.shape[-1]):
+        for size in (*NUCLEUS_SIZES, probabilities.shape[-1]):
             ordered, order = probabilities.topk(min(size, probabilities.shape[-1]))
             if bool((ordered.sum(-1) >= decoding.top_p).all()):
                 break
-        before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        nucleus = ordered.masked_fill(before >= max(decoding.top_p, 1e-6), 0)  # float32 rounds less than that to none
+        likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
+        nucleus = ordered.masked_fill(likelier >= max(decoding.top_p, 1e-6), 0)  # float32 rounds less than that to 0
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, nucleus)
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
 def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token for each row (B, V) -> (B,), each by its own (CPU) generator: rows do not depend on their batch."""
+    """One token for each row (R, V) -> (R,).
+
+    Every row has a generator of its own, on the CPU. With torch.multinomial a token would depend on the other rows.
+    """
     uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probabilities)
-    heights = probabilities.cumsum(-1)
-    below = uniform[:, None].clamp(max=1 - 1e-6) * heights[:, -1:]  # rounded, but never up to the last height
-    return torch.searchsorted(heights, below, right=True)[:, 0]
+    cumulative = probabilities.cumsum(-1)
+    point = uniform[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]  # rounding must not lift it to the total
+    return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
 
-def repeating(said: list[int], reply: list[int], n: int) -> set[int]:
-    """The tokens that would end a sequence of `n` tokens which `said` or the reply already holds."""
+def repeating(history: list[int], reply: list[int], n: int) -> set[int]:
+    """The tokens that would end a sequence of `n` tokens which the history or the reply already holds."""
     if len(reply) < n - 1:  # the sequence would begin before the reply
         return set()
-    said, tail = [*said, *reply], reply[len(reply) - n + 1 :]
-    return {said[i] for i in range(n - 1, len(said)) if said[i - n + 1 : i] == tail}
+    tokens, tail = [*history, *reply], reply[len(reply) - n + 1 :]
+    return {tokens[i] for i in range(n - 1, len(tokens)) if tokens[i - n + 1 : i] == tail}
+
+
+def apply_penalties(logits: Tensor, row: Row, decoding: Decoding, special: frozenset[int]) -> None:
+    """Change one row's logits (V,) in place: repeated tokens become less likely, barred ones impossible."""
+    tokens = row.reply.tokens
+    if decoding.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1
+        used = torch.tensor(sorted({*row.history(), *tokens} - special), device=logits.device).long()
+        logits[used] *= decoding.repetition_penalty ** -logits[used].sign()
+    if decoding.no_repeat_ngram:
+        logits[list(repeating(row.history(), tokens, decoding.no_repeat_ngram))] = float("-inf")
+    if len(tokens) < decoding.min_length:
+        logits[sorted(special)] = float("-inf")
+
+
+def sample(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozenset[int]) -> Tensor:
+    """The next token of every row, (R, V) -> (R,). special: tokens at which a reply ends."""
+    logits = logits.clone()
+    for row, row_logits in zip(rows, logits, strict=True):
+        apply_penalties(row_logits, row, decoding, special)
+    if decoding.no_sample:
+        return logits.argmax(-1)
+    return draw(filtered_probabilities(logits, decoding), [row.generator for row in rows])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Key-value cache
 # ------------------------------------------------------------------------------------------------------------
 
-
-class RoomyLayer(DynamicLayer):
-    """A layer of a cache with room behind its keys and values, so that a token is added without copying the others."""
-
-    ROOM = 64  # columns
-    buffers: tuple[Tensor, Tensor] | None = None  # keys and values are the beginning of these
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, new = self.get_seq_length(), (key_states, value_states)
-        end = start + key_states.shape[-2]
-        if self.buffers is None or self.buffers[0].shape[-2] < end:
-            wide = [states.new_empty(*states.shape[:-2], end + self.ROOM, states.shape[-1]) for states in new]
-            if start:
-                wide[0][..., :start, :], wide[1][..., :start, :] = self.keys, self.values
-            self.buffers = tuple(wide)
-        for buffer, states in zip(self.buffers, new, strict=True):
-            buffer[..., start:end, :] = states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if repeats > 1:
-            super().batch_repeat_interleave(repeats)
-            self.buffers = None
+Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (R, heads, S, head size)
 
 
-def new_cache() -> Cache:
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def cache_of(layers: Layers, columns: int) -> Cache:
+    """A cache that begins with some keys and values, and has room for `columns` columns.
+
+    transformers' default cache grows by one column for each token, and copies all others: at 32 rows that takes a
+    third of the time.
+    """
+    cache = Cache(layer_class_to_replicate=partial(StaticLayer, columns))
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    return cache
+
+
+def copied(cache: Cache, rows: list[int], columns: int) -> Layers:
+    """Keys and values of some rows and of the first columns."""
+    return [(layer.keys[rows, :, :columns], layer.values[rows, :, :columns]) for layer in cache.layers]
 
 
 class PrefixCache:
     """Keys and values of the last rows, so that a prefix which begins like one of them is computed only from there.
 
-    They depend on the tokens and token types of the row alone, so rows of different conversations may share them.
+    They depend on the tokens and token types of the row alone, so conversations may share a cache.
 
     Args:
         size: rows to keep.
@@ -109,140 +181,104 @@ class PrefixCache:
 
     def __init__(self, size: int = 1):
         self.size = size
-        self.kept: list[tuple[list[tuple[int, int]], list[tuple[Tensor, Tensor]]]] = []  # the newest is the last
+        self.rows: list[tuple[list[Token], Layers]] = []
 
-    def beginning(self, prefix: tuple[list[int], list[int]]) -> Cache:
-        """A cache of the longest beginning that `prefix` has in common with a kept row, short of its last token."""
-        row = list(zip(*prefix, strict=True))[:-1]
-        cache, length, layers = new_cache(), 0, []
-        for other, other_layers in self.kept:
-            shared = len(os.path.commonprefix([row, other]))
+    def longest_match(self, row: list[Token]) -> Layers:
+        """Keys and values of the longest beginning that this row has in common with a kept one.
+
+        The row's last token is left out: its hidden state, which is not kept, predicts the next token.
+        """
+        length, layers = 0, []
+        for kept, kept_layers in self.rows:
+            shared = len(os.path.commonprefix([row[:-1], kept]))  # which takes any two sequences
             if shared > length:
-                length, layers = shared, other_layers
-        for layer, (keys, values) in enumerate(layers):
-            cache.update(keys[:, :, :length], values[:, :, :length], layer)
-        return cache
+                length, layers = shared, kept_layers
+        return [(keys[:, :, :length], values[:, :, :length]) for keys, values in layers]
 
-    def keep(self, row: list[tuple[int, int]], cache: Cache, index: int) -> None:
-        """Keep row `index` of a cache, whose tokens and token types begin with `row`."""
-        row = row[: cache.get_seq_length()]
-        layers = [(each.keys[[index], :, : len(row)], each.values[[index], :, : len(row)]) for each in cache.layers]
-        others = [kept for kept in self.kept if kept[0] != row[: len(kept[0])]]  # it holds what those held
-        self.kept = [*others, (row, layers)][-self.size :]
+    def keep(self, row: list[Token], layers: Layers) -> None:
+        """Keep one row; it takes the place of the rows that it continues, or of the oldest."""
+        others = [kept for kept in self.rows if kept[0] != row[: len(kept[0])]]
+        self.rows = [*others, (row, layers)][-self.size :]
 
 
-class Continuation:
-    """Prefixes, padded on the right, and the tokens that are added to them one column at a time.
+class DecodeState:
+    """The keys and values of some rows of tokens, so that only new tokens are computed.
 
-    With a cache only new tokens are computed. Where the architecture does not allow that (`model.packed` is False),
-    every row is computed anew each time.
+    Rows get new tokens at different times. In a column where a row gets none there is padding, hidden from the row.
 
     Args:
-        kept: where the beginning of a prefix that stands alone may be found.
+        columns: how many there will be at most.
+        layers: the first columns, which are the same in all rows.
     """
 
-    def __init__(
-        self, model: DialogModel, prefixes: list[tuple[list[int], list[int]]], kept: PrefixCache | None = None
-    ):
-        self.model = model
-        sizes = [len(tokens) for tokens, _ in prefixes]
-        self.lengths = torch.tensor(sizes, device=model.device)
-        self.width, self.ragged = max(sizes), min(sizes) < max(sizes)
-        padded = [
-            [row + [model.ids.pad] * (self.width - len(row)) for row in column]
-            for column in zip(*prefixes, strict=True)
-        ]
-        self.tokens, self.types = torch.tensor(padded, device=model.device)  # (B, T) each
-        self.cache = None
-        if model.packed:
-            self.cache = kept.beginning(prefixes[0]) if kept and len(prefixes) == 1 else new_cache()
+    def __init__(self, model: DialogModel, rows: int, columns: int, layers: Layers = ()):
+        self.model, self.cache = model, cache_of(layers, columns)
+        # (R, S): the columns that hold a token of the row
+        self.real = torch.zeros(rows, columns, dtype=torch.bool, device=model.device)
+        self.real[:, : self.width] = True
 
-    def start(self, copies: int = 1) -> Tensor:
-        """The hidden state of every prefix's last token; each prefix becomes `copies` rows (B, D)."""
-        hidden = self._compute()
-        self.tokens, self.types, self.lengths, hidden = (
-            tensor.repeat_interleave(copies, dim=0) for tensor in (self.tokens, self.types, self.lengths, hidden)
+    @property
+    def width(self) -> int:
+        """Columns that are computed."""
+        return int(self.cache.get_seq_length())
+
+    def append(self, rows: list[list[Token]]) -> Tensor:
+        """Compute the tokens that are new in each row, if any are; the hidden state of its last new one (R, D)."""
+        device, padding = self.model.device, (self.model.ids.pad, self.model.ids.pad)
+        new = [row[length:] for row, length in zip(rows, self.real.sum(1).tolist(), strict=True)]
+        longest = max(map(len, new))
+        padded = torch.tensor([row + [padding] * (longest - len(row)) for row in new], device=device)
+        tokens, types = padded.unbind(-1)  # (R, T) each
+        columns = slice(self.width, self.width + longest)
+        real = types != self.model.ids.pad
+        self.real[:, columns] = real
+        causal = torch.ones(longest, self.real.shape[1], dtype=torch.bool, device=device).tril(self.width)
+        ends = torch.arange(0, real.numel(), longest, device=device) + (real.sum(1) - 1).clamp(min=0)  # in (R * T)
+        hidden = self.model.run_body(
+            tokens,
+            types,
+            positions=self.real.cumsum(1)[:, columns] - 1,
+            visible=self.real[:, None] & causal,
+            needed=ends,
+            cache=self.cache,
         )
-        if self.cache is not None:
-            self.cache.batch_repeat_interleave(copies)
+        return hidden.flatten(0, 1)[ends]
+
+    def prefill(self, rows: list[list[Token]], copies: int) -> Tensor:
+        """The same for the first tokens; after it there are `copies` rows of each (R * copies, D)."""
+        hidden = self.append(rows)
+        if copies > 1:
+            repeated = [row for row in range(len(rows)) for _ in range(copies)]
+            self.cache = cache_of(copied(self.cache, repeated, self.width), self.real.shape[1])
+            self.real, hidden = self.real[repeated], hidden[repeated]
         return hidden
 
-    def _compute(self) -> Tensor:
-        """The hidden state of every row's last token (B, D), computed from where the cache ends."""
-        done = self.cache.get_seq_length() if self.cache is not None else 0
-        embeds = self.model.embed(self.tokens[:, done:], self.types[:, done:])
-        behind = {}
-        if done:
-            columns = torch.arange(self.width, device=embeds.device)
-            hidden = columns > columns[done:, None]  # (T - done, T)
-            mask = torch.zeros_like(hidden, dtype=embeds.dtype).masked_fill_(hidden, torch.finfo(embeds.dtype).min)
-            behind = {"position_ids": columns[None, done:], "attention_mask": mask[None, None]}
-        ends = torch.arange(len(embeds), device=embeds.device) * embeds.shape[1] + self.lengths - 1 - done
-        inputs = behind | self.model.reading(ends) | self._cache_options()
-        return self.model.body(inputs_embeds=embeds, **inputs)[0].flatten(0, 1)[ends]
 
-    def extend(self, tokens: list[int], speaker: int) -> Tensor:
-        """Add one token to every row; their hidden states (B, D)."""
-        new = torch.tensor(tokens, device=self.model.device)[:, None]
-        if self.cache is None:
-            column = new.new_full(new.shape, self.model.ids.pad)
-            self.tokens = torch.cat([self.tokens, column], dim=1).scatter_(1, self.lengths[:, None], new)
-            self.types = torch.cat([self.types, torch.full_like(new, speaker)], dim=1)
-            self.types.scatter_(1, self.lengths[:, None], speaker)
-            self.lengths = self.lengths + 1
-            return self._compute()
-        embeds = self.model.embed(new, torch.full_like(new, speaker))
-        added = self.cache.get_seq_length() - self.width
-        hidden = self.model.body(
-            inputs_embeds=embeds,
-            position_ids=self.lengths[:, None] + added,
-            attention_mask=self._mask(embeds.dtype, self.width + added + 1) if self.ragged else None,
-            **self._cache_options(),
-        )[0]
-        return hidden[:, 0]
+def last_hidden(model: DialogModel, rows: list[list[Token]]) -> Tensor:
+    """The hidden state of each row's last token (R, D), where an architecture cannot use our cache.
 
-    def _cache_options(self) -> dict:
-        return {"use_cache": False} if self.cache is None else {"use_cache": True, "past_key_values": self.cache}
-
-    def _mask(self, dtype: torch.dtype, columns: int) -> Tensor:
-        """(B, 1, 1, columns): the new token sees its row's own prefix and what was added, not the padding between."""
-        column = torch.arange(columns, device=self.lengths.device)
-        hidden = (column >= self.lengths[:, None]) & (column < self.width)
-        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+    A row is computed whole for every token, and alone, since such an architecture may not be exact with padding.
+    """
+    inputs = [torch.tensor([row], device=model.device).unbind(-1) for row in rows]
+    return torch.cat([model.body(inputs_embeds=model.embed(*row), use_cache=False)[0][:, -1] for row in inputs])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Replies
+# Generation
 # ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reply:
-    tokens: list[int]
-    complete: bool  # it ended of itself, not at its longest length
-    lm: float  # log-likelihood per token, of the model's own distribution, <eos> included
-    mc: float  # the multiple-choice head's score
-
-
-def rank(replies: list[Reply], rerank: str) -> list[Reply]:
-    """The best first: by the multiple-choice head (ties by likelihood), by likelihood, or by the sum of both logs."""
-    if rerank == "mc":
-        return sorted(replies, key=lambda reply: (reply.mc, reply.lm), reverse=True)
-    # The head's softmax takes the same from each score, so the score itself ranks like its log-probability.
-    weight = 1.0 if rerank == "both" else 0.0
-    return sorted(replies, key=lambda reply: reply.lm + weight * reply.mc, reverse=True)
 
 
 class Generation:
-    """Replies to a batch of prefixes (tokens and token types, as `utils.build_prefix` makes them).
+    """Replies to a batch of prefixes (tokens and token types, as `inputs.build_prefix` makes them).
 
-    Each prefix gets `n_replies` rows. Iterating draws one token for every row at a time and yields them; None for a
-    row that has ended. A reply ends before its first special token, or after `max_length` tokens. Special tokens are
-    barred for the first `min_length`. Iterating may be given up at any token.
+    Iterating draws a token of every reply at a time, and yields the replies so far: for each prefix a list of
+    `n_replies`. A reply ends before its first special token, or after `max_length` tokens. Iterating may be given up
+    at any token, and taken up again; `finish` ends it.
 
     Args:
         generators: one for each prefix.
-        kept: prefixes computed before; a single prefix begins there, and its best reply is kept for the next turn.
+        prefix_cache: prefixes computed before. A prefix that stands alone begins with what it has, and is kept there
+            with its best reply for the next turn.
     """
 
     def __init__(
@@ -251,88 +287,81 @@ class Generation:
         prefixes: list[tuple[list[int], list[int]]],
         decoding: Decoding,
         generators: list[torch.Generator],
-        kept: PrefixCache | None = None,
+        prefix_cache: PrefixCache | None = None,
     ):
-        self.model, self.prefixes, self.decoding, self.kept = model, prefixes, decoding, kept
-        self.generators = [generator for generator in generators for _ in range(decoding.n_replies)]
-        self.rows = Continuation(model, prefixes, kept)
-        speakers = model.ids.speaker1, model.ids.speaker2
-        histories = [tokens[next(i for i, t in enumerate(tokens) if t in speakers) :] for tokens, _ in prefixes]
-        self.said = [history for history in histories for _ in range(decoding.n_replies)]  # the persona is not said
-        self.replies = [Reply([], False, 0.0, float("nan")) for _ in self.generators]
-        self.drawn: list[int] | None = None  # the last column, not computed yet
+        self.model, self.prefixes, self.decoding = model, prefixes, decoding
+        self.prefix_cache = prefix_cache if len(prefixes) == 1 and model.packed else None
+        self.rows = [
+            Row(list(zip(*prefix, strict=True)), generator)
+            for prefix, generator in zip(prefixes, generators, strict=True)
+            for _ in range(decoding.n_replies)
+        ]
+        self.state: DecodeState | None = None
+        self.ranked: list[list[Reply]] | None = None
+
+    @property
+    def replies(self) -> list[list[Reply]]:
+        """The replies to each prefix as far as they are drawn."""
+        replies, n = [row.reply for row in self.rows], self.decoding.n_replies
+        return [replies[i : i + n] for i in range(0, len(replies), n)]
 
     @torch.inference_mode()
-    def __iter__(self) -> Iterator[list[int | None]]:
-        for count in range(self.decoding.max_length):
-            logits = self.model.lm_logits(self._advance()).float()
-            tokens = self._draw(logits, count)
-            likelihoods = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens].tolist()
-            for reply, token, likelihood in zip(self.replies, tokens, likelihoods, strict=True):
-                if not reply.complete:
-                    reply.lm += likelihood
-                    reply.complete = token in self.model.ids.all
-                    reply.tokens += [] if reply.complete else [token]
-            column = [None if reply.complete else reply.tokens[-1] for reply in self.replies]
-            self.drawn = [self.model.ids.eos if token is None else token for token in column]
-            if all(reply.complete for reply in self.replies):
-                return
-            yield column
-
-    def _advance(self) -> Tensor:
-        """Compute the tokens drawn last, at first the prefixes: the hidden states that predict the next ones (R, D).
-
-        A row that ended in this column has its <eos> computed, which is what the multiple-choice head reads.
-        """
-        if self.drawn is None:
-            return self.rows.start(self.decoding.n_replies)
-        hidden = self.rows.extend(self.drawn, self.model.ids.speaker1)
-        scores = self.model.lm.multiple_choice_head(hidden).float().tolist()
-        for reply, token, score in zip(self.replies, self.drawn, scores, strict=True):
-            if token == self.model.ids.eos and reply.mc != reply.mc:  # not a number: it has no score yet
-                reply.mc = score
-        return hidden
-
-    def _draw(self, logits: Tensor, count: int) -> list[int]:
-        decoding, logits = self.decoding, logits.clone()
-        for row, (said, reply) in enumerate(zip(self.said, self.replies, strict=True)):
-            if decoding.repetition_penalty != 1.0:
-                used = torch.tensor(sorted({*said, *reply.tokens} - self.model.ids.all), device=logits.device).long()
-                scores = logits[row, used]
-                logits[row, used] = scores * decoding.repetition_penalty ** -scores.sign()
-            if decoding.no_repeat_ngram:
-                logits[row, list(repeating(said, reply.tokens, decoding.no_repeat_ngram))] = float("-inf")
-        if count < decoding.min_length:
-            logits[:, sorted(self.model.ids.all)] = float("-inf")
-        if decoding.no_sample:
-            return logits.argmax(-1).tolist()
-        return draw(filtered_probabilities(logits, decoding), self.generators).tolist()
+    def __iter__(self) -> Iterator[list[list[Reply]]]:
+        special = self.model.ids.all
+        while self.ranked is None and any(row.reply.goes_on(self.decoding) for row in self.rows):
+            logits = self.model.lm_logits(self._hidden()).float()  # (R, V)
+            tokens = sample(logits, self.rows, self.decoding, special)
+            log_likelihoods = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            for row, token, log_likelihood in zip(self.rows, tokens.tolist(), log_likelihoods.tolist(), strict=True):
+                row.reply = row.reply.extended(token, log_likelihood, special)
+            yield self.replies
 
     @torch.inference_mode()
     def finish(self) -> list[list[Reply]]:
-        """The replies to each prefix, best first, as far as they were drawn."""
-        while any(reply.mc != reply.mc for reply in self.replies):
-            self._advance()
-            self.drawn = [self.model.ids.eos] * len(self.replies)
-        for reply in self.replies:
-            reply.lm /= max(len(reply.tokens) + reply.complete, 1)
-        n = self.decoding.n_replies
-        ranked = [rank(self.replies[i : i + n], self.decoding.rerank) for i in range(0, len(self.replies), n)]
-        if self.kept is not None and self.rows.cache is not None and len(ranked) == 1:
-            best, (tokens, types) = ranked[0][0], self.prefixes[0]
-            row = [*zip(tokens, types, strict=True), *((token, self.model.ids.speaker1) for token in best.tokens)]
-            self.kept.keep(row, self.rows.cache, next(i for i, reply in enumerate(self.replies) if reply is best))
-        return ranked
+        """End the generation: the replies to each prefix, best first, as far as they were drawn, with both scores."""
+        if self.ranked is None:
+            # The head reads the hidden states of all replies' <eos>, which are computed here, at once.
+            scores = self.model.lm.multiple_choice_head(self._hidden(self.model.ids.eos))[:, 0]
+            for row, score in zip(self.rows, scores.tolist(), strict=True):
+                row.reply = replace(row.reply, mc_score=score)
+            self.ranked = [rank_replies(replies, self.decoding.rerank) for replies in self.replies]
+            if self.prefix_cache is not None:  # the next turn begins with this prefix and the best reply
+                best = self.replies[0].index(self.ranked[0][0])
+                tokens = self._tokens(self.rows[best])
+                self.prefix_cache.keep(tokens, copied(self.state.cache, [best], len(tokens)))
+        return self.ranked
+
+    def _hidden(self, *ending: int) -> Tensor:
+        """The hidden state of each row's last token (R, D), after computing what was drawn last, and `ending`."""
+        rows = [self._tokens(row, *ending) for row in self.rows]
+        if not self.model.packed:
+            return last_hidden(self.model, rows)
+        if self.state is not None:
+            return self.state.append(rows)
+        # Each prefix is computed once, for all of its replies.
+        copies, columns = self.decoding.n_replies, max(map(len, rows)) + self.decoding.max_length + 1  # and <eos>
+        layers = self.prefix_cache.longest_match(rows[0]) if self.prefix_cache else ()
+        self.state = DecodeState(self.model, len(self.prefixes), columns, layers)
+        return self.state.prefill(rows[::copies], copies)
+
+    def _tokens(self, row: Row, *ending: int) -> list[Token]:
+        speaker = self.model.ids.speaker1
+        return row.prefix + [(token, speaker) for token in (*row.reply.tokens, *ending)]
 
 
-def generate_replies(*args) -> list[list[int]]:
-    """The tokens of the best reply to each prefix of a `Generation`."""
-    generation = Generation(*args)
+def generate_replies(
+    model: DialogModel,
+    prefixes: list[tuple[list[int], list[int]]],
+    decoding: Decoding,
+    generators: list[torch.Generator],
+) -> list[list[int]]:
+    """The tokens of the best reply to each prefix: see `Generation`."""
+    generation = Generation(model, prefixes, decoding, generators)
     for _ in generation:
         pass
-    if generation.decoding.n_replies == 1:  # nothing to choose from, so nothing to score
-        return [reply.tokens for reply in generation.replies]
-    return [replies[0].tokens for replies in generation.finish()]
+    # Of one reply there is nothing to choose, so nothing to score.
+    ranked = generation.replies if decoding.n_replies == 1 else generation.finish()
+    return [replies[0].tokens for replies in ranked]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -344,18 +373,18 @@ def generate_replies(*args) -> list[list[int]]:
 class Turn:
     text: str | None  # of the other person; None where the bot spoke first
     reply: str
-    ids: list[list[int]]  # of what was said, as the model sees it
-    candidates: list[tuple[str, Reply]]  # distinct replies, best first: the first was given
+    ids: list[list[int]]  # token ids of both, as the model sees them
+    candidates: list[tuple[str, Reply]] = field(default_factory=list)  # distinct replies, best first, the given one too
 
 
 class Conversation:
-    """A persona and what was said; what a terminal and a browser share.
+    """A persona and its turns; what a terminal and a browser share.
 
     Args:
         persona: sentences, as text.
-        max_history: exchanges that the model is shown.
+        max_history: exchanges that the model sees.
         seed: of the replies.
-        kept: prefixes computed before, where conversations share them.
+        prefix_cache: prefixes computed before, where conversations share them.
     """
 
     def __init__(
@@ -366,54 +395,60 @@ class Conversation:
         decoding: Decoding,
         max_history: int,
         seed: int,
-        kept: PrefixCache | None = None,
+        prefix_cache: PrefixCache | None = None,
     ):
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         self.persona = persona
         self.n_history = 2 * max_history + 1
         self.turns: list[Turn] = []
         self.generator = torch.Generator().manual_seed(seed)
-        self.kept = kept or PrefixCache()
+        self.prefix_cache = prefix_cache or PrefixCache()
 
     @property
-    def said(self) -> list[str]:
+    def history(self) -> list[str]:
         """All utterances, oldest first."""
-        return [text for turn in self.turns for text in (turn.text, turn.reply) if text is not None]
+        return [message["content"] for message in self.record()["messages"]]
 
     def record(self) -> dict:
-        """Persona and messages, as a dialog to train on (`utils.Record`)."""
-        roles = [("user", "assistant")[(len(self.said) - i) % 2] for i in range(len(self.said))]  # the bot spoke last
-        messages = [{"role": role, "content": text} for role, text in zip(roles, self.said, strict=True)]
+        """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
+        messages = [
+            {"role": role, "content": text}
+            for turn in self.turns
+            for role, text in (("user", turn.text), ("assistant", turn.reply))
+            if text is not None
+        ]
         return {"personality": self.persona, "messages": messages}
 
-    def resume(self, dialog: list[str]) -> None:
-        """Put an earlier conversation, ending with the bot's reply, in the place of this one."""
-        texts = [None, *dialog] if len(dialog) % 2 else dialog
-        pairs = [texts[i : i + 2] for i in range(0, len(texts), 2)]
+    def resume(self, history: list[str]) -> None:
+        """Put an earlier conversation, whose last utterance is the bot's, in the place of this one."""
+        texts = [None, *history] if len(history) % 2 else history
         self.turns = [
-            Turn(*pair, self.tokenizer.encode([text for text in pair if text is not None]), []) for pair in pairs
+            Turn(text, reply, self.tokenizer.encode([reply] if text is None else [text, reply]))
+            for text, reply in zip(texts[::2], texts[1::2], strict=True)
         ]
 
-    def generation(self, text: str) -> Generation:
-        """The replies to `text`, to be drawn."""
-        history = [ids for turn in self.turns for ids in turn.ids] + self.tokenizer.encode([text])
-        longest = min(self.decoding.max_length, self.model.limit // 2)  # leave room for what it replies to
-        persona_ids = self.tokenizer.encode(self.persona)  # each time: a persona may change, and it takes no time
-        persona, kept, longest = fit(persona_ids, history[-self.n_history :], longest, self.model.limit)
-        prefix = build_prefix(persona, kept, self.model.ids)
+    def generation(self, message: list[int]) -> Generation:
+        """The replies to a message (token ids), not drawn yet."""
+        history = [ids for turn in self.turns for ids in turn.ids] + [message]
+        # At most half of what the model takes: the rest is for what is replied to.
+        longest = min(self.decoding.max_length, self.model.limit // 2)
+        persona = self.tokenizer.encode(self.persona)  # each time: it may have changed, and takes no time
+        persona, history, longest = fit(persona, history[-self.n_history :], longest, self.model.limit)
+        prefix = build_prefix(persona, history, self.model.ids)
         decoding = replace(self.decoding, max_length=longest)
-        return Generation(self.model, [prefix], decoding, [self.generator], self.kept)
+        return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say `text`; yields the bot's reply piece by piece, and remembers the turn once it is whole.
 
-        The best of several replies is known, and yielded, only at the end. There is a (maybe empty) piece for every
-        token: after each `stopped` is asked, and where it says so the reply ends. One stopped before its first word
-        is no turn.
+        There is a (maybe empty) piece for every token. After each, `stopped` is asked whether the reply ends here;
+        one that is stopped before its first word is no turn. The best of several replies is known, and yielded, only
+        at the end.
         """
-        generation, shown = self.generation(text), ""
-        for _ in generation:
-            start = self.tokenizer.decode_start(generation.replies[0].tokens) if len(generation.replies) == 1 else ""
+        (message,) = self.tokenizer.encode([text])
+        generation, shown = self.generation(message), ""
+        for (replies,) in generation:
+            start = self.tokenizer.decode_start(replies[0].tokens) if len(replies) == 1 else ""
             yield start[len(shown) :]
             shown = start
             if stopped():
@@ -423,8 +458,7 @@ class Conversation:
             candidates.setdefault(self.tokenizer.decode(candidate.tokens), candidate)
         reply, best = next(iter(candidates.items()))
         if reply or not stopped():
-            ids = [*self.tokenizer.encode([text]), best.tokens]
-            self.turns.append(Turn(text, reply, ids, list(candidates.items())))
+            self.turns.append(Turn(text, reply, [message, best.tokens], list(candidates.items())))
         yield reply[len(shown) :]
 
     def reply(self, text: str) -> str:

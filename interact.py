@@ -215,7 +215,7 @@ class Transcript:
             ) from error
 
     def add(self, chat) -> None:
-        *history, reply = chat.said
+        *history, reply = chat.history
         record = {"personality": chat.persona, "utterances": [{"history": history, "candidates": [reply]}]}
         with self.opened() as file:
             end = file.tell()
@@ -351,7 +351,7 @@ class Terminal:
             raise UserError("there is no reply with alternatives yet; type a message")
         print("   head  log-likelihood per token")
         for text, reply in self.chat.turns[-1].candidates:
-            print(f"{reply.mc:7.2f} {reply.lm:6.2f}  {text}")
+            print(f"{reply.mc_score:7.2f} {reply.token_log_likelihood:6.2f}  {text}")
         if self.chat.decoding.n_replies == 1:
             print("Only one is drawn: /set n_replies 8 draws eight and gives the best.")
 
@@ -373,7 +373,7 @@ class Terminal:
         with whole_files(path.parent) as partial:  # what an earlier /save wrote stands until this is written
             (partial / path.name).write_text(text, encoding="utf-8", errors="replace")
         self.saved.add(path)
-        print(f"Saved {len(self.chat.said)} utterances in {name}")
+        print(f"Saved {len(self.chat.history)} utterances in {name}")
 
     def do_load(self, name: str) -> None:
         if not name:
@@ -408,14 +408,14 @@ def main() -> None:
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
 
     # Heavy: after all that can be told to be wrong at once.
-    from cpu import pack_weights
+    from cpu import optimize_for_cpu_inference
     from generation import Conversation
     from model import load_model
 
     model = load_model(files, tokenizer, device)
     if settings.bf16:
         model.bfloat16()
-    pack_weights(model)
+    optimize_for_cpu_inference(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs, so expect nonsense; train it with train.py")
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.

@@ -117,14 +117,15 @@ class Server:
     name: str
     dataset: str
     worker: Worker
-    kept: PrefixCache = field(default_factory=lambda: PrefixCache(8))
+    prefix_cache: PrefixCache = field(default_factory=lambda: PrefixCache(8))
     count: Iterator[int] = field(default_factory=itertools.count)
 
     def conversation(self, persona: list[str] | None = None, seed: int | None = None) -> Conversation:
         """A new conversation, with replies drawn in its own way."""
         seed = (self.seed + next(self.count)) % 2**63 if seed is None else seed % 2**63
         persona = self.persona if persona is None else persona
-        return Conversation(self.model, self.tokenizer, persona, self.decoding, self.max_history, seed, kept=self.kept)
+        settings = self.decoding, self.max_history, seed, self.prefix_cache
+        return Conversation(self.model, self.tokenizer, persona, *settings)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,17 +213,16 @@ def requested(server: Server, asked: ChatRequest) -> tuple[Conversation, str, in
 
 def choices(chat: Conversation, text: str, n: int, stopped: Callable[[], bool]) -> Iterator[tuple]:
     """In the worker: (choice, piece of its text, how it finished or None), at last the usage."""
-    generation = chat.generation(text)
-    drawn = generation.replies
+    generation = chat.generation(*chat.tokenizer.encode([text]))
     shown = [""] * n
-    for _ in generation:
+    for (drawn,) in generation:
         if stopped():
             return
         for i, reply in enumerate(drawn) if len(drawn) == n else ():  # else the best are known at the end only
             start = chat.tokenizer.decode_start(reply.tokens)
             yield i, start[len(shown[i]) :], None
             shown[i] = start
-    ranked = generation.finish()[0]
+    (ranked,), (drawn,) = generation.finish(), generation.replies
     given = drawn if len(drawn) == n else ranked[:n]
     for i, reply in enumerate(given):
         yield i, chat.tokenizer.decode(reply.tokens)[len(shown[i]) :], "stop" if reply.complete else "length"
@@ -341,7 +341,7 @@ class Session:
     def alternatives(self) -> list[list]:
         """The rows of the table under the chat."""
         candidates = self.chat.turns[-1].candidates if self.chat.turns else []
-        return [[text, round(reply.mc, 2), round(reply.lm, 2)] for text, reply in candidates]
+        return [[text, round(r.mc_score, 2), round(r.token_log_likelihood, 2)] for text, r in candidates]
 
     async def answer(self, text: str, persona: str, options: dict, again: bool) -> AsyncIterator[str]:
         """The reply to `text` as it grows; with `again` in the place of the last one. Raises UserError, Busy."""

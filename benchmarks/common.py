@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import plain
-from cpu import cpu_has_bf16, pack_weights
+from cpu import cpu_has_bf16, optimize_for_cpu_inference
 from dialogs import training_texts
 from files import find_model
 from inputs import Instances
@@ -100,7 +100,7 @@ class Bench:
         for precision in self.precisions:
             model = copy.deepcopy(self.model)
             self.models[precision] = model.bfloat16() if precision == "bf16" else model
-            pack_weights(self.models[precision])
+            optimize_for_cpu_inference(self.models[precision])
 
     def instances(self, split: str, **options) -> Instances:
         return Instances(self.splits[split], self.ids, 2, self.model.limit, **options)

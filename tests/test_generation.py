@@ -1,6 +1,7 @@
 """Sampling, batched generation with a cache, and conversations."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from transformers import AutoModelForCausalLM
 
 import generation
 from cli import Decoding
-from generation import Conversation, Generation, draw, filtered_probabilities, generate_replies
+from generation import (
+    Conversation,
+    DecodeState,
+    Generation,
+    draw,
+    filtered_probabilities,
+    generate_replies,
+    last_hidden,
+)
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache
 GREEDY = Decoding(no_sample=True, max_length=12)
@@ -82,29 +91,35 @@ def test_hidden_states_of_each_added_token(loaded):
     ids = tokenizer.ids
     prefixes = make_prefixes(ids)
     added = torch.randint(10, 200, (5, len(prefixes))).tolist()
+    advance = DecodeState(model, 4, 12 + 5).append if model.packed else partial(last_hidden, model)
+    rows = [list(zip(*prefix, strict=True)) for prefix in prefixes]
     with torch.no_grad():
-        rows = generation.Continuation(model, prefixes)
-        found = torch.stack([rows.start(), *(rows.extend(column, ids.speaker1) for column in added)], dim=1)
+        found = [advance(rows)]
+        for column in added:
+            rows = [[*row, (token, ids.speaker1)] for row, token in zip(rows, column, strict=True)]
+            found.append(advance(rows))
         for row, (tokens, types) in enumerate(prefixes):
             reply = [column[row] for column in added]
             embeds = model.embed(torch.tensor([tokens + reply]), torch.tensor([types + [ids.speaker1] * 5]))
             expected = model.body(inputs_embeds=embeds, use_cache=False)[0][0, len(tokens) - 1 :]
-            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.stack(found, dim=1)[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_hidden_states_of_added_tokens_in_bf16(dialog_model, load):
-    """A batch in bf16 on a CPU has a way of its own to compute a new token's attention."""
-    model, tokenizer = load(dialog_model("openai-gpt"))
-    prefixes = make_prefixes(tokenizer.ids)
-    column = torch.randint(10, 200, (len(prefixes),)).tolist()
-    found = {}
+@pytest.mark.parametrize("loaded", ["openai-gpt", "gpt2", "llama"], indirect=True)
+def test_rows_may_get_tokens_at_different_times(loaded):
+    model, tokenizer = loaded
+    rows = [list(zip(*prefix, strict=True)) for prefix in make_prefixes(tokenizer.ids, [7, 3, 12])]
+    more = [list(zip(*prefix, strict=True)) for prefix in make_prefixes(tokenizer.ids, [2, 3, 1])]
+    state = DecodeState(model, 3, 20)
     with torch.no_grad():
-        for name in ("fp32", "bf16"):
-            model = model.bfloat16() if name == "bf16" else model
-            rows = generation.Continuation(model, prefixes)
-            rows.start()
-            found[name] = torch.stack([rows.extend(column, tokenizer.ids.speaker1) for _ in range(3)]).float()
-    torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.05)
+        state.append(rows)
+        rows[1] = rows[1] + more[1]
+        state.append(rows)  # nothing is new in the others
+        rows[0], rows[2] = rows[0] + more[0], rows[2] + more[2]
+        hidden = state.append(rows)
+        for row in (0, 2):
+            alone = DecodeState(model, 1, 20).append([rows[row]])
+            torch.testing.assert_close(hidden[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
 @with_kinds
@@ -151,8 +166,19 @@ def test_rows_of_a_batch_end_on_their_own(loaded, monkeypatch):
     columns = [[{token: 20.0} for token in column] for column in zip(*rows, strict=True)]
     decoding = Decoding(no_sample=True, max_length=9, min_length=0)
     script_logits(monkeypatch, model, columns)
-    streamed = list(Generation(model, make_prefixes(tokenizer.ids, [4, 6, 5]), decoding, generators(0, 1, 2)))
-    assert streamed == [[50, 60, None], [None, 61, None], [None, 62, None]]
+    steps = list(Generation(model, make_prefixes(tokenizer.ids, [4, 6, 5]), decoding, generators(0, 1, 2)))
+    assert [[reply.tokens for (reply,) in step] for step in steps] == [
+        [[50], [60], []],
+        [[50], [60, 61], []],
+        [[50], [60, 61, 62], []],
+        [[50], [60, 61, 62], []],
+    ]
+    assert [[reply.complete for (reply,) in step] for step in steps] == [
+        [False, False, True],
+        [True, False, True],
+        [True, False, True],
+        [True, True, True],
+    ]
     script_logits(monkeypatch, model, columns)
     replies = generate_replies(model, make_prefixes(tokenizer.ids, [4, 6, 5]), decoding, generators(0, 1, 2))
     assert replies == [[50], [60, 61, 62], []]

@@ -15,7 +15,7 @@ import torch
 import interact
 from cli import Decoding, UserError, printable
 from dialogs import MAX_MESSAGE, check_message, load_personas, read_dataset
-from generation import Conversation, Generation, PrefixCache, Reply, generate_replies, rank, repeating
+from generation import Conversation, PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
 from helpers import run_python
 from inputs import build_prefix
 
@@ -32,10 +32,10 @@ def loaded(dialog_model, load):
 
 @pytest.fixture
 def converse(loaded):
-    """`converse(kind, max_history=2, kept=None, **decoding)` is a conversation with a tiny model."""
+    """`converse(kind, max_history=2, prefix_cache=None, **decoding)` is a conversation with a tiny model."""
 
-    def start(kind: str, max_history: int = 2, kept: PrefixCache | None = None, **decoding) -> Conversation:
-        return Conversation(*loaded(kind), PERSONA, Decoding(**decoding), max_history, 1, kept)
+    def start(kind: str, max_history: int = 2, prefix_cache: PrefixCache | None = None, **decoding) -> Conversation:
+        return Conversation(*loaded(kind), PERSONA, Decoding(**decoding), max_history, 1, prefix_cache)
 
     return start
 
@@ -62,8 +62,8 @@ def test_kept_cache_gives_the_replies_of_a_whole_computation(converse, kind: str
         assert kept.reply(message) == anew.reply(message)
         # The replies of a random model may be alike whatever it saw; their scores are not.
         for (_, one), (_, other) in zip(kept.turns[-1].candidates, anew.turns[-1].candidates, strict=True):
-            assert (one.lm, one.mc) == pytest.approx((other.lm, other.mc), abs=1e-4)
-    assert len({turn.candidates[0][1].mc for turn in kept.turns}) == len(MESSAGES)
+            assert (one.log_likelihood, one.mc_score) == pytest.approx((other.log_likelihood, other.mc_score), abs=1e-4)
+    assert len({turn.candidates[0][1].mc_score for turn in kept.turns}) == len(MESSAGES)
 
 
 @pytest.mark.parametrize("n_replies", [1, 4])
@@ -78,7 +78,8 @@ def test_only_the_new_part_of_a_conversation_is_computed(converse, n_replies: in
         chat.reply(message)
         new = len(chat.tokenizer.encode([message])[0]) + 2 + 1  # two speakers, and the last token drawn before
         assert len(chat.turns) == 1 or widths[0] <= new
-        assert set(widths[1:]) == {1}
+        # a token at a time, at the end perhaps the last one with the <eos> that is scored
+        assert set(widths[1:-1]) == {1} and widths[-1] <= 2 and len(widths) <= 7
     hook.remove()
 
 
@@ -92,8 +93,10 @@ def test_kept_rows_are_shared_by_beginning_not_by_conversation(converse) -> None
     for message in MESSAGES:
         one.reply(message)
         assert two.reply(message[::-1]) == alone.reply(message[::-1])
-        assert two.turns[-1].candidates[0][1].mc == pytest.approx(alone.turns[-1].candidates[0][1].mc, abs=1e-4)
-    assert len(shared.kept) == 2
+        assert two.turns[-1].candidates[0][1].mc_score == pytest.approx(
+            alone.turns[-1].candidates[0][1].mc_score, abs=1e-4
+        )
+    assert len(shared.rows) == 2
 
 
 def test_cache_is_not_used_beyond_an_edited_persona_or_an_undone_turn(converse) -> None:
@@ -105,7 +108,7 @@ def test_cache_is_not_used_beyond_an_edited_persona_or_an_undone_turn(converse) 
     anew = converse("llama", 9, NothingKept(), no_sample=True, max_length=6)
     anew.turns, anew.persona = list(chat.turns), chat.persona
     assert chat.reply(MESSAGES[3]) == anew.reply(MESSAGES[3])
-    assert chat.turns[-1].candidates[0][1].mc == pytest.approx(anew.turns[-1].candidates[0][1].mc, abs=1e-4)
+    assert chat.turns[-1].candidates[0][1].mc_score == pytest.approx(anew.turns[-1].candidates[0][1].mc_score, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def test_cache_is_not_used_beyond_an_edited_persona_or_an_undone_turn(converse) 
 def test_scores_are_those_of_the_two_heads(converse, kind: str) -> None:
     chat = converse(kind, n_replies=5, max_length=7, temperature=1.5)
     chat.reply(MESSAGES[0])
-    generation = chat.generation(MESSAGES[1])
+    generation = chat.generation(*chat.tokenizer.encode([MESSAGES[1]]))
     for _ in generation:
         pass
     (tokens, types), (replies,) = generation.prefixes[0], generation.finish()
@@ -129,12 +132,12 @@ def test_scores_are_those_of_the_two_heads(converse, kind: str) -> None:
         hidden = chat.model.body(
             inputs_embeds=chat.model.embed(torch.tensor([row]), torch.tensor([speakers])), use_cache=False
         )[0][0]
-        assert float(chat.model.lm.multiple_choice_head(hidden[-1])) == pytest.approx(reply.mc, abs=1e-4)
+        assert float(chat.model.lm.multiple_choice_head(hidden[-1])) == pytest.approx(reply.mc_score, abs=1e-4)
         likelihoods = chat.model.lm_logits(hidden).log_softmax(-1)
         labels = [*reply.tokens, *[eos] * reply.complete]
         at = torch.arange(len(tokens) - 1, len(tokens) - 1 + len(labels))
         if not reply.complete:  # one that ended did so at any special token
-            assert float(likelihoods[at, labels].mean()) == pytest.approx(reply.lm, abs=1e-4)
+            assert float(likelihoods[at, labels].mean()) == pytest.approx(reply.token_log_likelihood, abs=1e-4)
 
 
 def test_best_reply_is_given_and_alternatives_are_remembered(converse) -> None:
@@ -142,7 +145,7 @@ def test_best_reply_is_given_and_alternatives_are_remembered(converse) -> None:
     pieces = list(chat.stream(MESSAGES[0]))
     (turn,) = chat.turns
     assert "".join(pieces) == turn.reply == turn.candidates[0][0]
-    scores = [reply.mc for _, reply in turn.candidates]
+    scores = [reply.mc_score for _, reply in turn.candidates]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
     assert len({text for text, _ in turn.candidates}) == len(turn.candidates)
 
@@ -168,12 +171,14 @@ def test_generate_replies_takes_the_best_of_each_prefix(converse) -> None:
     assert together != first
 
 
-def test_rank() -> None:
-    a, b, c = (Reply([i], True, lm, mc) for i, (lm, mc) in enumerate([(-1.0, 0.5), (-3.0, 2.0), (-0.5, 0.5)]))
-    assert rank([a, b, c], "mc") == [b, c, a]
-    assert rank([a, b, c], "lm") == [c, a, b]
-    assert rank([a, b, c], "both") == [c, a, b]
-    assert rank([a, replace(b, mc=4.0), c], "both")[0].mc == 4.0
+def test_rank_replies() -> None:
+    scores = [(-1.0, 0.5), (-3.0, 2.0), (-0.5, 0.5)]
+    a, b, c = (Reply([i], True, 2 * likelihood, score) for i, (likelihood, score) in enumerate(scores))
+    assert rank_replies([a, b, c], "mc") == [b, c, a]
+    assert rank_replies([a, b, c], "lm") == [c, a, b]
+    assert rank_replies([a, b, c], "both") == [c, a, b]
+    assert rank_replies([a, replace(b, mc_score=4.0), c], "both")[0].mc_score == 4.0
+    assert rank_replies([Reply(log_likelihood=-1.0), Reply(log_likelihood=-0.5)], "lm")[0].mc_score is None
 
 
 def test_repeating() -> None:
@@ -201,19 +206,19 @@ def test_no_repeat_ngram_counts_reply_and_history_but_not_the_persona(converse) 
     own = sequences(plain.turns[-1].ids[-1], 2)
     assert len(own) > len(set(own)), "the model does not repeat itself, so this test shows nothing"
     # The persona may be said: the model, made to say it, still can.
-    generation = barred.generation("hi")
+    generation = barred.generation(*barred.tokenizer.encode(["hi"]))
     persona = [token for sentence in barred.tokenizer.encode(barred.persona) for token in sentence]
-    assert not set(sequences(persona, 3)) & set(sequences(generation.said[0], 3))
+    assert not set(sequences(persona, 3)) & set(sequences(generation.rows[0].history(), 3))
 
 
 def test_repetition_penalty_makes_used_tokens_less_likely(converse) -> None:
     chat = converse("gpt2", repetition_penalty=2.0, no_sample=True)
-    generation = chat.generation("i like the sea")
     used = chat.tokenizer.encode(["i like the sea"])[0]
+    (row,) = chat.generation(used).rows
     logits = torch.zeros(1, len(chat.tokenizer))
     logits[0, used[0]], logits[0, used[1]], logits[0, 5] = 3.0, -1.0, 2.0
     assert 5 not in used
-    assert generation._draw(logits, 1) == [5]
+    assert sample(logits, [row], chat.decoding, chat.model.ids.all).tolist() == [5]
     assert logits[0, used[0]] == 3.0, "the model's own logits, which scores are made of, are changed"
 
 
@@ -269,22 +274,54 @@ def test_stopped_reply_is_kept_as_far_as_it_came(converse) -> None:
     assert len(chat.turns) == 2
 
 
-def test_stopped_before_the_first_word_is_no_turn(converse) -> None:
+def test_stopped_before_the_first_word_is_no_turn(converse, monkeypatch) -> None:
     chat = converse("gpt2", max_length=12, min_length=12)
-    generation = Generation.__iter__
+    # as if only the first byte of a character were there
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda tokens: "")
+    monkeypatch.setattr(chat.tokenizer, "decode_start", lambda tokens: "")
+    assert chat.reply(MESSAGES[0]) == "" and len(chat.turns) == 1
+    assert "".join(chat.stream(MESSAGES[0], lambda: True)) == ""
+    assert len(chat.turns) == 1
 
-    def nothing(self):
-        for column in generation(self):
-            for reply in self.replies:
-                del reply.tokens[:]  # as if only the first byte of a character were there
-            yield column
 
-    Generation.__iter__ = nothing
-    try:
-        assert "".join(chat.stream(MESSAGES[0], lambda: True)) == ""
-    finally:
-        Generation.__iter__ = generation
-    assert chat.turns == []
+@pytest.mark.parametrize("kind", ["openai-gpt", "bloom"])
+def test_a_generation_may_be_given_up_taken_up_and_finished_twice(converse, kind: str) -> None:
+    """Every way gives the same replies, whose scores do not depend on when they were asked for."""
+
+    def start():
+        return converse(kind, n_replies=3, max_length=8, temperature=1.5).generation([50, 51])
+
+    whole, resumed, stopped = start(), start(), start()
+    steps = list(whole)
+    assert all(reply.mc_score is None for step in steps for reply in step[0])
+    next(iter(resumed))
+    assert list(resumed) == steps[1:] and list(resumed) == []
+    ranked = whole.finish()
+    assert ranked == whole.finish() == resumed.finish() and list(whole) == []
+    assert sorted(ranked[0], key=whole.replies[0].index) == whole.replies[0]
+    next(iter(stopped))
+    (replies,) = stopped.finish()
+    assert {len(reply.tokens) + reply.complete for reply in replies} == {1} and list(stopped) == []
+    assert all(reply.mc_score is not None for reply in start().finish()[0]), "finished before its first token"
+
+
+def test_the_multiple_choice_head_runs_once_and_only_where_it_chooses(converse) -> None:
+    chat, calls = converse("gpt2", max_length=6), []
+    hook = chat.model.lm.multiple_choice_head.register_forward_hook(lambda *_: calls.append(1))
+    prefix = build_prefix([], [chat.tokenizer.encode(["hi"])[0]], chat.model.ids)
+    for n_replies, expected in ((1, 0), (4, 1)):
+        decoding = replace(chat.decoding, n_replies=n_replies)
+        generate_replies(chat.model, [prefix, prefix], decoding, [torch.Generator() for _ in range(2)])
+        assert len(calls) == expected
+    hook.remove()
+
+
+def test_a_message_is_tokenised_once(converse, monkeypatch) -> None:
+    chat, texts = converse("gpt2", max_length=4), []
+    encode = chat.tokenizer.encode
+    monkeypatch.setattr(chat.tokenizer, "encode", lambda batch: texts.extend(batch) or encode(batch))
+    chat.reply(MESSAGES[0])
+    assert texts.count(MESSAGES[0]) == 1
 
 
 def test_control_characters_are_not_printed() -> None:
@@ -300,7 +337,7 @@ def test_control_characters_of_a_reply_are_stripped(converse) -> None:
 
 def test_typed_special_tokens_are_text(converse) -> None:
     chat = converse("openai-gpt")
-    generation = chat.generation("<eos> <speaker1> hi")
+    generation = chat.generation(*chat.tokenizer.encode(["<eos> <speaker1> hi"]))
     tokens = generation.prefixes[0][0]
     assert chat.model.ids.eos not in tokens
     assert tokens.count(chat.model.ids.speaker1) == 1
@@ -375,9 +412,9 @@ def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
     dialogs = list(read_dataset(str(path))["all"])
     assert len(dialogs) == 3
     (utterance,) = dialogs[-1].utterances
-    assert [*utterance.history, *utterance.candidates] == chat.said
+    assert [*utterance.history, *utterance.candidates] == chat.history
     assert dialogs[-1].personality == PERSONA
-    assert interact.last_dialog(str(path)) == (PERSONA, chat.said)
+    assert interact.last_dialog(str(path)) == (PERSONA, chat.history)
 
 
 def test_transcript_is_not_written_into_another_file(tmp_path: Path) -> None:
@@ -394,11 +431,11 @@ def test_transcript_is_not_written_into_another_file(tmp_path: Path) -> None:
 def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
     chat = converse("gpt2")
     chat.resume(dialog)
-    assert chat.said == dialog
+    assert chat.history == dialog
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(chat.record()) + "\n")
     assert interact.last_dialog(str(path)) == (PERSONA, dialog)
-    generation = chat.generation("next")
+    generation = chat.generation(*chat.tokenizer.encode(["next"]))
     assert generation.prefixes[0] == build_prefix(
         chat.tokenizer.encode(chat.persona), chat.tokenizer.encode([*dialog, "next"]), chat.model.ids
     )

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from cli import UserError
-from cpu import PackedLinear, pack_weights
+from cpu import PackedLinear, optimize_for_cpu_inference
 from files import ModelFiles
 from helpers import run_python
 from inputs import Instance, collate
-from model import attend, gold_ranks, load_model
+from model import gold_ranks, load_model
 from tiny_models import write_gguf
 from utils import load_tokenizer
 
@@ -153,14 +153,33 @@ def test_forward_is_that_of_plain_rows_one_at_a_time(kind, shapes, dialog_model,
     assert model.packed == (kind in PACKED)
 
 
+@pytest.mark.parametrize("kind", PADDED)
+def test_gradients_of_padded_rows_are_those_of_plain_rows(kind, dialog_model, load):
+    """A prefix has a row for each of its candidates, but only one of them may send a gradient back."""
+    model, tokenizer = load(dialog_model(kind))
+    instances = make_instances(tokenizer.ids, RAGGED)
+    batch = collate(instances, tokenizer.ids)
+    weight = model.lm.get_input_embeddings().weight
+    (gradient,) = torch.autograd.grad(model(batch).lm_nll.sum(), weight)
+    expected = torch.zeros_like(weight)
+    for prefix, types, (*_, reply) in ((i.prefix, i.token_types, i.candidates) for i in instances):
+        speakers = types + [tokenizer.ids.speaker1] * len(reply)
+        logits = model.lm(inputs_embeds=model.embed(torch.tensor([prefix + reply]), torch.tensor([speakers]))).logits
+        nll = F.cross_entropy(logits[0, len(prefix) - 1 : -1], torch.tensor(reply), reduction="sum")
+        expected += torch.autograd.grad(nll, weight)[0]
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("block", [3, 96], ids=["many blocks", "one block"])
 @pytest.mark.parametrize("kind", [*PACKED, *PADDED])
-def test_packed_weights_compute_the_same(kind, dialog_model, load):
+def test_a_model_made_fast_for_cpus_computes_the_same(kind, block, dialog_model, load, monkeypatch):
+    monkeypatch.setattr("cpu.BLOCK", block)
     model, tokenizer = load(dialog_model(kind))
     batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
     with torch.inference_mode():
         before = model(batch)
-        pack_weights(model)
+        optimize_for_cpu_inference(model)
         after = model(batch)
     torch.testing.assert_close(after.lm_nll, before.lm_nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after.mc_logits, before.mc_logits, rtol=1e-5, atol=1e-5)
@@ -170,10 +189,8 @@ def test_packed_weights_compute_the_same(kind, dialog_model, load):
     assert with_gelu == (model.lm.config.num_hidden_layers if kind in (*DOUBLE_HEADS, "gpt_neo") else 0)
 
 
-@pytest.mark.parametrize("block", [3, 64], ids=["many blocks", "one block"])
 @pytest.mark.parametrize("kind", PACKED)
-def test_packed_rows_have_the_hidden_states_of_padded_rows(kind, block, dialog_model, load, monkeypatch):
-    monkeypatch.setattr("model.BLOCK", block)
+def test_packed_rows_have_the_hidden_states_of_padded_rows(kind, dialog_model, load):
     model, tokenizer = load(dialog_model(kind))
     batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
     with torch.no_grad():
@@ -202,21 +219,6 @@ def test_an_openai_gpt_that_gives_no_numbers(dialog_model, load, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="the model's weights give numbers that are not finite"):
         load(folder)
-
-
-@pytest.mark.parametrize("queries", [1, 7])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_by_products(queries, masked):
-    q, k, v = (torch.randn(3, 2, size, 8) for size in (queries, 11, 11))
-    mask = torch.randn(3, 1, queries, 11) if masked else None
-    expected = F.scaled_dot_product_attention(q, k, v, mask)
-    torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
-    torch.manual_seed(0)
-    dropped = attend(q, k, v, mask, dropout=0.5)
-    torch.manual_seed(0)
-    kept = F.dropout(torch.ones(3, 2, queries, 11), 0.5)
-    weights = (q @ k.transpose(-1, -2) * 8**-0.5 + (0 if mask is None else mask)).softmax(-1)
-    torch.testing.assert_close(dropped, (weights * kept) @ v, rtol=1e-5, atol=1e-5)
 
 
 def test_an_architecture_without_packing_is_named(tiny, load, caplog):
