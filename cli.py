@@ -1,6 +1,7 @@
 """What people type and are told: options, errors, exit status, joining the process group."""
 
 import argparse
+import contextlib
 import gc
 import logging
 import math
@@ -10,7 +11,7 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,24 @@ log = logging.getLogger("improvedflend")
 
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong, what was expected and what to do."""
+
+
+@contextlib.contextmanager
+def explain_errors(failure: str, advice: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn an error of the body into one line for the user: "failure: why; advice".
+
+    Args:
+        failure: what could not be done, and with what: "cannot read x.json".
+        advice: what was expected, or what to do.
+        kinds: the exceptions to explain, by default all. A `UserError` says enough and passes.
+    """
+    kinds = kinds or (Exception,)
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{failure}: {first_line(error)}; {advice}") from error
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -54,10 +73,14 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text (and the next, behind a colon), or its type where it has none; cut."""
+    """Shorten an exception to one line: its first line, joined with the next if it ends in a colon.
+
+    An empty one is its type's name. An OSError is its reason alone: whoever reports it names the file.
+    """
     if isinstance(error, pickle.UnpicklingError):  # torch's own text tells how to run what it refused to run
         return "its pickle is damaged, or holds more than tensors, such as code to run"
-    line = re.match(r"(.*:\s*\n)*.*", str(error).strip())[0]
+    text = getattr(error, "strerror", None) or str(error)
+    line = re.match(r"(.*:\s*\n)*.*", text.strip())[0]
     return textwrap.shorten(line, 300, placeholder=" ...") or type(error).__name__
 
 

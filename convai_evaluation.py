@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cli import DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
+from dialogs import Dialogs
 from files import find_finetuned_model, typed_path
 from inputs import Instances, batches_by_length
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
@@ -119,7 +120,7 @@ class WordModel:
             self.log_share.append(torch.as_tensor(share).log())
             self.first_tokens.append(torch.as_tensor(np.unique(first[first >= 0])))
         valid = splits["valid"]
-        golds = {int(valid.strings("candidates", utterance)[-1]) for utterance in range(len(valid))}
+        golds = {int(valid.candidates[utterance][-1]) for utterance in range(len(valid))}
         self.spelled = {gold: self.spell(valid.text(gold)) for gold in golds}  # by the gold reply's string number
 
     def spell(self, text: str) -> Spelling:
@@ -144,11 +145,10 @@ class WordModel:
 def dictionary_texts(splits: Iterable[Split]) -> Iterator[str]:
     """What ParlAI built its dictionary from: personas, the other person's utterances and gold replies."""
     for split in splits:
-        for dialog in range(split.n_dialogs):
-            for sentence in split.strings("persona", dialog):
-                yield f"your persona: {split.text(sentence)}"
+        for sentence in split.persona.values:
+            yield f"your persona: {split.text(sentence)}"
         for utterance in range(len(split)):
-            for string in split.strings("history", utterance)[-1:]:
+            for string in split.history[utterance][-1:]:
                 yield split.text(string)
             yield split.gold_text(utterance)
 
@@ -199,7 +199,7 @@ def score(model, instances: Instances, words: WordModel | None, batch_size: int,
             results.nll[rows] = np.bincount(owner, output.lm_nll.cpu().double(), len(rows))
             results.tokens[rows] = np.bincount(owner, minlength=len(rows))
             if words:
-                golds = [instances.split.strings("candidates", row)[-1] for row in rows]
+                golds = [instances.split.candidates[row][-1] for row in rows]
                 score_words(model, hidden, batch, rows, [words.spelled[gold] for gold in golds], words, results)
             bar.update(len(rows))
 
@@ -277,7 +277,7 @@ def ranking_figures(results: Results, split: Split) -> tuple[dict[str, float], l
     ranks = []
     for utterance, scores in enumerate(results.scores):
         same: dict[tuple, int] = {}  # the scores of equal tokens differ by rounding alone, which is coarse in bf16
-        for n, candidate in enumerate(split.strings("candidates", utterance)):
+        for n, candidate in enumerate(split.candidates[utterance]):
             scores[n] = scores[same.setdefault(tuple(split.ids(candidate)), n)]
         texts = split.candidate_texts(utterance)
         ranks.append(gold_rank(scores[: len(texts)], texts))
@@ -402,7 +402,7 @@ def evaluate(
     split = splits["valid"]
     size = min(len(split), settings.limit or len(split))
     wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
-    results = Results.empty(size, split.most_candidates() if "hits@1" in wanted else 1, decoding.max_length)
+    results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
     words = WordModel(splits, tokenizer) if "ppl" in wanted else None
     instances = Instances(
         split,
@@ -410,9 +410,9 @@ def evaluate(
         settings.max_history,
         model.limit,
         num_candidates=0 if "hits@1" in wanted else 1,
-        extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else None,
+        extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else {},
     )
-    instances.report_cuts("validation")
+    instances.report_truncation("validation")
     if wanted & {"hits@1", "ppl"}:
         score(model, instances, words, settings.valid_batch_size, results)
     if "f1" in wanted:
@@ -454,15 +454,12 @@ def main() -> None:
     started = time.monotonic()
     for path in filter(None, (settings.output, settings.predictions)):
         write_text(path, "", "a")  # an hour later would be late to hear that it cannot be written
-    training = (
-        None if settings.valid_path and not settings.dataset_path else settings.dataset_path
-    )  # None: nothing is needed
+    training = settings.dataset_path or (None if settings.valid_path else "")  # None: no training data is needed
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_finetuned_model(settings.model)
         tokenizer = load_tokenizer(files, settings.pre_tokenizer)
-        splits = load_dataset(
-            training, settings.valid_path, settings.dataset_cache, tokenizer, progress=idist.get_rank() == 0
-        )
+        dialogs = Dialogs(training, settings.valid_path)
+        splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
         from cpu import optimize_for_cpu_inference
         from model import load_model
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from cli import Decoding
-from inputs import build_prefix, fit
+from inputs import build_prefix, truncate
 from model import DialogModel
 from utils import DialogTokenizer
 
@@ -433,7 +433,7 @@ class Conversation:
         # At most half of what the model takes: the rest is for what is replied to.
         longest = min(self.decoding.max_length, self.model.limit // 2)
         persona = self.tokenizer.encode(self.persona)  # each time: it may have changed, and takes no time
-        persona, history, longest = fit(persona, history[-self.n_history :], longest, self.model.limit)
+        persona, history, longest = truncate(persona, history[-self.n_history :], longest, self.model.limit)
         prefix = build_prefix(persona, history, self.model.ids)
         decoding = replace(self.decoding, max_length=longest)
         return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)

@@ -29,7 +29,7 @@ from cli import (
     printable,
     run_script,
 )
-from dialogs import check_message, is_record, load_personas, read_dataset
+from dialogs import Dialogs, check_message, is_record, read_dataset
 from files import find_finetuned_model, typed_path, whole_files
 from utils import load_tokenizer
 
@@ -73,14 +73,14 @@ def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def choose_persona(settings: ChatSettings) -> list[str]:
+def choose_persona(settings: ChatSettings, dialogs: Dialogs) -> list[str]:
     """The persona given by the options, or one drawn from the dataset."""
     if settings.personality:
         return settings.personality
     if settings.personality_file:
         return read_persona(settings.personality_file, "--personality_file")
     try:
-        return random.choice(load_personas(settings.dataset_path))
+        return random.choice(dialogs.personas)
     except UserError as error:
         raise UserError(f"{error}; or give a persona with --personality 'i like cats.'") from error
 
@@ -270,8 +270,8 @@ COMMANDS = {
 class Terminal:
     """A chat with a person at a terminal: lines that begin with / are commands, methods named do_... here."""
 
-    def __init__(self, chat, transcript: Transcript | None, dataset: str):
-        self.chat, self.transcript, self.dataset = chat, transcript, dataset
+    def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
+        self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
         self.saved: set[Path] = set()
 
     def run(self) -> None:
@@ -329,7 +329,7 @@ class Terminal:
         elif action == "set" and value:
             self.chat.persona = read_persona(value, "/persona set")
         elif rest == "random":
-            self.chat.persona = random.choice(load_personas(self.dataset))
+            self.chat.persona = random.choice(self.dialogs.personas)
         elif rest:
             raise UserError("expected /persona, /persona add TEXT, /persona set FILE or /persona random")
         self.show_persona()
@@ -401,7 +401,8 @@ def main() -> None:
     device = check_device(settings.device)
     seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
     random.seed(seed)
-    persona = choose_persona(settings)
+    dialogs = Dialogs(settings.dataset_path)
+    persona = choose_persona(settings, dialogs)
     transcript = Transcript(settings.transcript) if settings.transcript else None
 
     files = find_finetuned_model(settings.model)
@@ -423,13 +424,13 @@ def main() -> None:
     if settings.web:
         from web import serve
 
-        serve(settings, web_settings, model, tokenizer, persona, decoding, seed)
+        serve(settings, web_settings, model, tokenizer, dialogs, persona, decoding, seed)
         return
     chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not
     try:
         if sys.stdin.isatty():
-            Terminal(chat, transcript, settings.dataset_path).run()
+            Terminal(chat, transcript, dialogs).run()
         else:
             answer_lines(chat, transcript)
     except KeyboardInterrupt:

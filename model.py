@@ -175,7 +175,7 @@ class DialogModel(nn.Module):
         return self.heads(self.hidden(batch), batch)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last layer's hidden states (B, T, D) of packed rows. Only those at `batch.read` are defined."""
+        """The last layer's hidden states (B, T, D) of packed rows. Only those at `batch.head_positions` are defined."""
         return self._hidden_packed(batch) if self.packed else self._hidden_padded(batch)
 
     def heads(self, hidden: Tensor, batch: Batch) -> Output:
@@ -189,7 +189,7 @@ class DialogModel(nn.Module):
 
     def _hidden_packed(self, batch: Batch) -> Tensor:
         visible = packed_visibility(batch.segments)
-        return self.run_body(batch.input_ids, batch.token_types, batch.positions, visible, needed=batch.read)
+        return self.run_body(batch.input_ids, batch.token_types, batch.positions, visible, needed=batch.head_positions)
 
     def _hidden_padded(self, batch: Batch) -> Tensor:
         """Every candidate after a copy of the prefix, in a row of its own (B*N, T'), padded on the right.

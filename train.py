@@ -38,7 +38,7 @@ from cli import (
     printable,
     run_script,
 )
-from dialogs import training_texts
+from dialogs import Dialogs
 from files import HUB_NAMES, ModelFiles, find_model, find_run, is_url, remove_unfinished, typed_path, whole_files
 from inputs import Batch, Instances, batches_by_length
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
@@ -371,7 +371,7 @@ class Run:
         collate_micro = partial(
             collate_step,
             batch_size=settings.train_batch_size,
-            ids=train.special_ids,
+            ids=train.ids,
             filler=train[0] if len(train) else None,
         )
         # A generator of its own: each pass draws a seed, which must not move the generator that dropout draws from.
@@ -468,11 +468,9 @@ def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
 
 def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device):
     """The model, its tokenizer, and the instances to train and to validate on."""
-    texts = partial(training_texts, settings.dataset_path, settings.valid_path)
-    tokenizer = load_tokenizer(files, settings.pre_tokenizer, texts)
-    splits = load_dataset(
-        settings.dataset_path, settings.valid_path, settings.dataset_cache, tokenizer, progress=idist.get_rank() == 0
-    )
+    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
+    tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts())
+    splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
     from model import load_model  # heavy: after all that can be told to be wrong at once
 
     model = load_model(files, tokenizer, device, from_scratch=True)
@@ -480,15 +478,14 @@ def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device)
     rotations = settings.personality_permutations
     train = build(splits["train"], num_candidates=settings.num_candidates, permutations=rotations)
     if not len(train) and settings.n_epochs:
-        name = settings.dataset_path or "PersonaChat"
-        raise UserError(f"the training split of {name} holds no reply; nothing to learn")
+        raise UserError(f"the training split of {dialogs.name} holds no reply; nothing to learn")
     return model, tokenizer, train, build(splits["valid"])
 
 
 def tell_sizes(model, train: Instances, valid: Instances, device: torch.device) -> None:
     """What will be trained, on what, and where."""
     for name, instances in (("training", train), ("validation", valid)):
-        instances.report_cuts(name)
+        instances.report_truncation(name)
     parameters, others = sum(parameter.numel() for parameter in model.parameters()), idist.get_world_size() - 1
     log.info(
         f"{parameters / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, {device}"

@@ -2,22 +2,21 @@
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, first_line, log, printable
-from dialogs import FORMATS, NO_JSON, SPLIT_SEED, Dialog, dataset_file, file_digest, split_dialogs
+from cli import UserError, explain_errors, first_line, log, printable
+from dialogs import FORMATS, NO_JSON, SPLIT_SEED, Dialog, Dialogs
 from files import ModelFiles, lock, typed_path, whole_files
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ class DialogTokenizer:
         hf: the tokenizer, with or without the special tokens.
         pre_tokenizer: "spacy" or "basic" for openai-gpt's vocabulary; None asks for the default: what the folder
             says; "basic" for one that has our special tokens and does not say (fine-tuned by the original toolkit);
-            else "spacy". Other tokenizers cut text in their own way.
+            else "spacy". Other tokenizers split text in their own way.
     """
 
     def __init__(self, hf, pre_tokenizer: str | None = None):
@@ -72,7 +71,7 @@ class DialogTokenizer:
         self.ids = SpecialIds(*ours, all=frozenset([*ours, *hf.all_special_ids]))
 
     def _use_words_as_they_are(self) -> None:
-        # The tokenizer's own rules would cut spaCy's words again (n't into n, ', t), also after a save and a load.
+        # The tokenizer's own rules would split spaCy's words again (n't into n, ', t), also after a save and a load.
         from tokenizers import normalizers, pre_tokenizers
 
         self.hf.backend_tokenizer.normalizer = normalizers.Sequence([])
@@ -83,7 +82,7 @@ class DialogTokenizer:
         return max(len(self.hf), max(self.hf.get_vocab().values()) + 1)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text. Special tokens that stand in a text are text: none comes out."""
+        """The ids of each text. Special tokens in a text are read as text, so none comes out."""
         if not texts:
             return []
         texts = [text.encode(errors="replace").decode() for text in texts]  # bytes that were no text in a terminal
@@ -92,7 +91,7 @@ class DialogTokenizer:
         return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode_inside(self, words: list[str]) -> list[list[int]]:
-        """The ids of words that stand behind another one: in byte-level vocabularies they carry their space."""
+        """Token ids of words in mid-sentence. Byte-level BPEs encode " word" differently from "word"."""
         before = self.encode(["a"])[0]
         return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
 
@@ -101,7 +100,7 @@ class DialogTokenizer:
         return detokenize(self._raw(ids))
 
     def decode_start(self, ids: list[int]) -> str:
-        """The start of `decode(ids + more)` that is the same whatever ids come behind: what can be shown already."""
+        """The start of `decode(ids + more)` that is the same whatever ids come after: what can be shown already."""
         raw = self._raw(ids).rstrip("\ufffd")  # the first bytes of a character
         return os.path.commonprefix([detokenize(raw + more) for more in CONTINUATIONS])
 
@@ -120,7 +119,7 @@ class DialogTokenizer:
 
 
 def load_tokenizer(
-    files: ModelFiles, pre_tokenizer: str | None = None, texts: Callable[[], Iterable[str]] | None = None
+    files: ModelFiles, pre_tokenizer: str | None = None, texts: Iterable[str] | None = None
 ) -> DialogTokenizer:
     """The tokenizer of a model, or one learned from `texts` where the model's folder has none.
 
@@ -137,28 +136,23 @@ def load_tokenizer(
             raise UserError(
                 f"{files.folder}/config.json: vocab_size is {size!r}; expected 5 to 1000000, as a vocabulary is learned"
             )
-        return DialogTokenizer(learn_bpe(texts(), size), pre_tokenizer)
+        return DialogTokenizer(learn_bpe(texts, size), pre_tokenizer)
     from transformers import AutoTokenizer
 
     gguf = {"gguf_file": files.gguf} if files.gguf else {"config": load_config(files)}
-    try:
+    # transformers raises many types for a tokenizer it cannot read.
+    with explain_errors(f"cannot read the tokenizer in {files.folder}", "expected one of transformers'"):
         hf = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **gguf)
-    except Exception as error:  # transformers raises many types for a tokenizer it cannot read
-        raise UserError(
-            f"cannot read the tokenizer in {files.folder}: {first_line(error)}; expected one of transformers'"
-        ) from error
     return DialogTokenizer(hf, pre_tokenizer)
 
 
 def load_config_dict(files: ModelFiles) -> dict:
     """A folder's config.json; `model_type`, which those of 2019 lack, is inferred."""
     path = files.folder / "config.json"
-    try:
+    with explain_errors(f"cannot read {path}", "expected a model's configuration in JSON", OSError, *NO_JSON):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
-    except (OSError, *NO_JSON) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}; expected a model's configuration in JSON") from error
     if "model_type" not in config:
         # afn is openai-gpt's name of its activation function; GPT-2 has no such key
         config["model_type"] = "openai-gpt" if "afn" in config else "gpt2"
@@ -170,18 +164,16 @@ def load_config(files: ModelFiles):
     from transformers import CONFIG_MAPPING, AutoConfig
 
     config = load_config_dict(files)
+    path = files.folder / "config.json"
     if str(config["model_type"]) not in CONFIG_MAPPING:
         own = " and asks for code of its own (auto_map), which is never run" if "auto_map" in config else ""
         raise UserError(
-            f"{files.folder}/config.json names the model type '{config['model_type']}', which transformers does not "
+            f"{path} names the model type '{config['model_type']}', which transformers does not "
             f"know{own}; use another model, such as gpt2"
         )
-    try:
+    # transformers raises many types for a configuration it cannot use.
+    with explain_errors(str(path), "expected a configuration of transformers"):
         return AutoConfig.for_model(**config)
-    except Exception as error:  # transformers raises many types for a configuration it cannot use
-        raise UserError(
-            f"{files.folder}/config.json: {first_line(error)}; expected a configuration of transformers"
-        ) from error
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int):
@@ -205,7 +197,7 @@ _spacy_english = None
 
 
 def spacy_words(text: str) -> str:
-    """Text cut into words as openai-gpt's pretraining text was: `i'm` is `i 'm`, `don't` is `do n't`."""
+    """Text split into words as openai-gpt's pretraining text was: `i'm` is `i 'm`, `don't` is `do n't`."""
     global _spacy_english
     import ftfy
 
@@ -222,7 +214,7 @@ DETOKENIZE = [
     (re.compile(r"(\w) ?n ' t\b"), r"\1n't"),  # don ' t, ca n ' t
     (re.compile(r"(\w) ' (s|m|t|d|re|ve|ll)\b", re.I), r"\1'\2"),  # i ' m
     (re.compile(r"(\w) (n't|'(?:s|m|t|d|re|ve|ll))\b", re.I), r"\1\2"),  # do n't, i 'm
-    (re.compile(r"\b(gon|wan|got) (na|ta)\b"), r"\1\2"),  # as spaCy cuts gonna, wanna, gotta
+    (re.compile(r"\b(gon|wan|got) (na|ta)\b"), r"\1\2"),  # as spaCy splits gonna, wanna, gotta
     (re.compile(r"(?<=\.) (?=\.)"), ""),  # . . .
     (re.compile(r" ([.,!?;:%]+)(?=\s|$)"), r"\1"),
     (re.compile(r'(^|\s)" ([^"]+?) "(?=\W|$)'), r'\1"\2"'),
@@ -238,8 +230,8 @@ def detokenize(text: str) -> str:
     return text.strip()
 
 
-# What a text may go on with, to bring each rule of DETOKENIZE about; a text's start that is the same before all of
-# them is settled.
+# What a text may go on with so that each rule of DETOKENIZE applies. A start that reads the same with all of them is
+# settled and can be shown.
 CONTINUATIONS = ["", "x", " x", "t", " t", "'t", "' t", " ' t", "n't", " n't", "n ' t", " n ' t"]
 CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "', ")", " )", "]", " ]"]
 
@@ -253,205 +245,188 @@ CACHE_VERSION = 1
 N_DISTRACTORS = 19  # sampled where a reply comes without candidates, as many as ConvAI2 gives
 
 
-class Split:
-    """One split of a tokenised dataset; every array lies in the mapped cache file.
+@dataclass
+class Ragged:
+    """Rows of different length in two flat arrays: row i is values[offsets[i]:offsets[i + 1]]."""
 
-    Strings are numbered. `tokens[token_offsets[s]:token_offsets[s + 1]]` are the ids of string s, and its UTF-8
-    text lies in `texts` in the same way. Utterance u belongs to dialog `dialogs[u]`; its history and candidates
-    (the gold one last), and a dialog's persona, are lists of string numbers behind offsets too.
+    offsets: Sequence[int] = field(default_factory=lambda: array("q", [0]))
+    values: Sequence[int] = field(default_factory=lambda: array("i"))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Sequence[int]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def append(self, row: Iterable[int]) -> None:
+        self.values.extend(row)
+        self.offsets.append(len(self.values))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+class Split:
+    """One split of a tokenised dataset.
+
+    Strings are numbered: string s has the ids `tokens[s]` and the UTF-8 bytes `texts[s]`. Utterance u belongs to dialog
+    `dialogs[u]`. The string numbers of its history are `history[u]`, of its candidates `candidates[u]`, the gold one
+    last, and of a dialog's persona `persona[dialog]`.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], split: str):
-        self.token_offsets, self.tokens = arrays["token_offsets"], arrays["tokens"]
-        self.text_offsets, self.texts = arrays["text_offsets"], arrays["texts"]
-        self.sizes = np.diff(self.token_offsets)  # tokens of each string
+        self.tokens = Ragged(arrays["token_offsets"], arrays["tokens"])
+        self.texts = Ragged(arrays["text_offsets"], arrays["texts"])
+        self.sizes = self.tokens.sizes  # tokens of each string
         self.dialogs = arrays[f"{split}.dialogs"]
-        self._lists = {
-            name: (arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"])
+        self.persona, self.history, self.candidates = (
+            Ragged(arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"])
             for name in ("persona", "history", "candidates")
-        }
+        )
 
     def __len__(self) -> int:
         return len(self.dialogs)
 
-    def strings(self, name: str, index: int) -> np.ndarray:
-        """The string numbers of a list: of "persona" by dialog, of "history" and "candidates" by utterance."""
-        offsets, numbers = self._lists[name]
-        return numbers[offsets[index] : offsets[index + 1]]
-
     def ids(self, string: int) -> list[int]:
-        return self.tokens[self.token_offsets[string] : self.token_offsets[string + 1]].tolist()
+        return self.tokens[string].tolist()
 
     def text(self, string: int) -> str:
-        return self.texts[self.text_offsets[string] : self.text_offsets[string + 1]].tobytes().decode()
+        return self.texts[string].tobytes().decode()
 
     def persona_texts(self, utterance: int) -> list[str]:
-        return [self.text(string) for string in self.strings("persona", self.dialogs[utterance])]
+        return list(map(self.text, self.persona[self.dialogs[utterance]]))
 
     def history_texts(self, utterance: int) -> list[str]:
-        return [self.text(string) for string in self.strings("history", utterance)]
+        return list(map(self.text, self.history[utterance]))
 
     def candidate_texts(self, utterance: int) -> list[str]:
-        return [self.text(string) for string in self.strings("candidates", utterance)]
+        return list(map(self.text, self.candidates[utterance]))
 
     def gold_text(self, utterance: int) -> str:
-        return self.text(self.strings("candidates", utterance)[-1])
-
-    @property
-    def n_dialogs(self) -> int:
-        return len(self._lists["persona"][0]) - 1
-
-    def most_candidates(self) -> int:
-        return int(np.diff(self._lists["candidates"][0]).max())
+        return self.text(self.candidates[utterance][-1])
 
 
-def load_dataset(
-    name: str | None, valid_name: str, cache: str, tokenizer: DialogTokenizer, progress: bool = True
-) -> dict[str, Split]:
-    """The splits "train" and "valid" of a dataset, tokenised once and then mapped from the cache file.
+def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progress: bool = True) -> dict[str, Split]:
+    """The splits "train" and "valid" of a dataset, tokenised once and then read from the cache file.
 
     Args:
-        name: path or URL; "" is PersonaChat, None no training data at all.
-        valid_name: a dataset whose "valid" split, or all of it, is the validation split; "" takes that of `name`,
-            or cuts one off by dialog.
-        cache: where the cache is kept; a key is put before the ending, so that datasets and models do not evict
+        cache: path of the cache file. A key is put before its ending, so that datasets and models do not evict
             each other.
+        progress: show progress bars.
     """
     path = typed_path(cache)
     if not path.name:
         raise UserError(f"--dataset_cache '{cache}' names no file; expected one such as ./dataset_cache.bin")
-    content = [
-        name is not None and file_digest(dataset_file(name)),
-        valid_name and file_digest(dataset_file(valid_name)),
-    ]
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, content, tokenizer.fingerprint()]).encode()).hexdigest()
+    content = json.dumps([CACHE_VERSION, dialogs.digest, tokenizer.fingerprint()])
+    key = hashlib.sha256(content.encode()).hexdigest()
     path = path.with_name(f"{path.stem}_{key[:12]}{path.suffix}")
     with lock(path):
         arrays = read_cache(path, key)
         if arrays is None:
             started = time.monotonic()
-            arrays = tokenize_dataset(name, valid_name, tokenizer, progress)
+            arrays = tokenize_dataset(dialogs, tokenizer, progress)
             write_cache(path, key, arrays)
-            log.info(
-                f"tokenised {name or valid_name or 'PersonaChat'} into {path} in {time.monotonic() - started:.1f} s"
-            )
-            arrays = read_cache(path, key) or arrays  # mapped from the file, so that processes share the memory
+            log.info(f"tokenised {dialogs.name} into {path} in {time.monotonic() - started:.1f} s")
     return {split: Split(arrays, split) for split in ("train", "valid")}
 
 
-def tokenize_dataset(
-    name: str | None, valid_name: str, tokenizer: DialogTokenizer, progress: bool
-) -> dict[str, np.ndarray]:
+def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: bool) -> dict[str, np.ndarray]:
     """The arrays of a cache file (see `Split`). Every distinct string is tokenised once."""
     numbers: dict[str, int] = {}
     arrays: dict[str, np.ndarray] = {}
-    for split, dialogs in split_dialogs(name, valid_name).items():
-        arrays |= index_split(split, tqdm(dialogs, f"read {split}", unit=" dialogs", disable=not progress), numbers)
+    for split, split_dialogs in dialogs.splits.items():
+        bar = tqdm(split_dialogs, f"read {split}", unit=" dialogs", disable=not progress)
+        arrays |= number_strings(split, bar, numbers)
+    del dialogs.splits  # what was parsed: from here on the distinct strings are enough
     if not len(arrays["valid.dialogs"]):
-        raise UserError(f"the validation split of {valid_name or name or 'PersonaChat'} holds no reply; {FORMATS}")
-    strings = list(numbers)
-    tokens, token_offsets = array("i"), array("q", [0])
-    with tqdm(total=len(strings), desc="tokenise", unit=" strings", disable=not progress) as bar:
-        for start in range(0, len(strings), 4096):
-            chunk = strings[start : start + 4096]
-            for ids in tokenizer.encode(chunk):
-                tokens.extend(ids)
-                token_offsets.append(len(tokens))
-            bar.update(len(chunk))
-    encoded = [string.encode("utf-8", "replace") for string in strings]
-    arrays["tokens"] = np.frombuffer(tokens, np.int32) if tokens else np.zeros(0, np.int32)
-    arrays["token_offsets"] = np.frombuffer(token_offsets, np.int64)
-    arrays["texts"] = np.frombuffer(b"".join(encoded), np.uint8)
-    arrays["text_offsets"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return arrays
+        raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
+    tokens = Ragged()
+    strings = iter(tqdm(numbers, "tokenise", unit=" strings", disable=not progress))
+    while chunk := list(islice(strings, 4096)):
+        for ids in tokenizer.encode(chunk):
+            tokens.append(ids)
+    texts = [string.encode("utf-8", "replace") for string in numbers]
+    return arrays | {
+        "tokens": np.asarray(tokens.values),
+        "token_offsets": np.asarray(tokens.offsets),
+        "texts": np.frombuffer(b"".join(texts), np.uint8),
+        "text_offsets": np.cumsum([0, *map(len, texts)], dtype=np.int64),
+    }
 
 
-def index_split(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int]) -> dict[str, np.ndarray]:
-    """One split's lists of string numbers; new strings get the next number in `numbers`."""
-    columns = {name: (array("q", [0]), array("i")) for name in ("persona", "history", "candidates")}
-    utterance_dialogs = array("i")
+def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int]) -> dict[str, np.ndarray]:
+    """A split's arrays: its texts as string numbers, of which a new string gets the next in `numbers`."""
+    owners, rows = array("i"), {name: Ragged() for name in ("persona", "history", "candidates")}
 
     def add(name: str, texts: list[str]) -> None:
-        offsets, flat = columns[name]
-        flat.extend([numbers.setdefault(text, len(numbers)) for text in texts])
-        offsets.append(len(flat))
+        rows[name].append([numbers.setdefault(text, len(numbers)) for text in texts])
 
     for count, dialog in enumerate(dialogs):
         add("persona", dialog.personality)
         for utterance in dialog.utterances:
-            utterance_dialogs.append(count)
+            owners.append(count)
             add("history", utterance.history)
             add("candidates", utterance.candidates)
-    offsets, candidates = (
-        np.array(column, kind) for column, kind in zip(columns["candidates"], (np.int64, np.int32), strict=True)
-    )
-    offsets, candidates = with_distractors(offsets, candidates)
-    arrays = {f"{split}.dialogs": np.array(utterance_dialogs, np.int32)}
-    for name, (column_offsets, flat) in columns.items():
-        arrays[f"{split}.{name}_offsets"] = np.array(column_offsets, np.int64)
-        arrays[f"{split}.{name}"] = np.array(flat, np.int32)
-    return arrays | {f"{split}.candidates_offsets": offsets, f"{split}.candidates": candidates}
+    rows["candidates"] = with_distractors(rows["candidates"])
+    columns = {f"{split}.dialogs": owners}
+    for name, ragged in rows.items():
+        columns |= {f"{split}.{name}": ragged.values, f"{split}.{name}_offsets": ragged.offsets}
+    return {name: np.asarray(column) for name, column in columns.items()}
 
 
-def with_distractors(offsets: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def with_distractors(candidates: Ragged) -> Ragged:
     """Give every utterance that has only its gold reply distinct distractors drawn from the other gold replies."""
-    counts = np.diff(offsets)
-    gold = candidates[offsets[1:] - 1]
-    pool = np.unique(gold)
-    n = min(N_DISTRACTORS, len(pool) - 1)
-    alone = np.flatnonzero(counts == 1)
-    if not len(alone) or n < 1:
-        return offsets, candidates
+    gold = np.asarray(candidates.values)[np.asarray(candidates.offsets)[1:] - 1]
+    alone = candidates.sizes == 1
+    drawn = draw_distractors(gold[alone], np.unique(gold))  # (A, n)
+    sizes = candidates.sizes + drawn.shape[1] * alone
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    given = np.repeat(~alone, sizes)
+    given[offsets[1:] - 1] = True  # the gold replies, each in its row's last place
+    values = np.empty(len(given), np.int32)
+    values[given], values[~given] = candidates.values, drawn.ravel()
+    return Ragged(offsets, values)
+
+
+def draw_distractors(gold: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """Up to `N_DISTRACTORS` distinct replies from `pool` for each of A gold replies, never the same one: (A, n)."""
     rng = np.random.default_rng(SPLIT_SEED)
-    if len(pool) < 4 * N_DISTRACTORS:  # few replies: draw without replacement from the others
-        drawn = np.stack([rng.permutation(pool[pool != own])[:n] for own in gold[alone]])
-    else:  # many: draw freely, and again where a row holds a reply twice or its own gold reply
-        drawn = np.empty((len(alone), n), pool.dtype)
-        redo = np.arange(len(alone))
-        while len(redo):
-            drawn[redo] = pool[rng.integers(len(pool), size=(len(redo), n))]
-            rows = np.sort(drawn[redo], axis=1)
-            clash = (rows[:, 1:] == rows[:, :-1]).any(axis=1) | (rows == gold[alone[redo], None]).any(axis=1)
-            redo = redo[clash]
-    new_counts = counts.copy()
-    new_counts[alone] = n + 1
-    new_offsets = np.concatenate([[0], np.cumsum(new_counts)])
-    filled = np.empty(new_offsets[-1], candidates.dtype)
-    filled[new_offsets[alone][:, None] + np.arange(n)] = drawn
-    filled[new_offsets[alone + 1] - 1] = gold[alone]
-    others = np.repeat(counts != 1, new_counts)
-    filled[others] = candidates[np.repeat(counts != 1, counts)]
-    return new_offsets, filled
+    drawn = np.empty((len(gold), max(0, min(N_DISTRACTORS, len(pool) - 1))), pool.dtype)
+    if len(pool) < 4 * N_DISTRACTORS:  # few replies: draw without replacement
+        for row, own in zip(drawn, gold, strict=True):
+            row[:] = rng.permutation(pool[pool != own])[: len(row)]
+        return drawn
+    redo = np.arange(len(gold))
+    while len(redo):  # many: draw freely, and again where a row holds a reply twice or its own gold reply
+        drawn[redo] = pool[rng.integers(len(pool), size=drawn[redo].shape)]
+        rows = np.sort(drawn[redo], axis=1)
+        redo = redo[(rows[:, 1:] == rows[:, :-1]).any(axis=1) | (rows == gold[redo, None]).any(axis=1)]
+    return drawn
 
 
 def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write a cache file (safetensors: a JSON header, then flat arrays)."""
+    """Write a cache file. `read_cache` returns it for the same key alone."""
     from safetensors.numpy import save_file
 
-    with whole_files(path.parent) as partial:
-        save_file(arrays, partial / path.name, metadata={"key": key, "checksum": checksum(arrays)})
+    with whole_files(path.parent) as unfinished:
+        save_file(arrays, unfinished / path.name, metadata={"key": key, "checksum": checksum(arrays)})
 
 
 def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """Map a cache file into memory; None where there is none, or, with a warning, where it is stale or damaged."""
+    """The arrays of a cache file; None where there is none, or, with a warning, where it is stale or damaged."""
+    from safetensors import safe_open
+
     if not path.exists():
         return None
     try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = msgspec.json.decode(data[8:start])
-        metadata = header.pop("__metadata__")
-        kinds = {"I32": np.int32, "I64": np.int64, "U8": np.uint8}
-        arrays = {}
-        for name, entry in header.items():
-            low, high = entry["data_offsets"]
-            kind = np.dtype(kinds[entry["dtype"]])
-            arrays[name] = np.frombuffer(data, kind, (high - low) // kind.itemsize, start + low)
-        if metadata["key"] == key and metadata["checksum"] == checksum(arrays):
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata == {"key": key, "checksum": checksum(arrays)}:
             return arrays
         reason = "does not match its key or checksum"
-    except (OSError, *NO_JSON, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except Exception as error:  # safetensors and numpy have many types for what they cannot read
         reason = first_line(error)
     log.warning(f"warning: {path} is damaged or of another kind ({reason}); it is built anew")
     return None
@@ -460,5 +435,5 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
 def checksum(arrays: dict[str, np.ndarray]) -> str:
     value = 0
     for name in sorted(arrays):
-        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8), zlib.crc32(name.encode(), value))
+        value = zlib.crc32(arrays[name], zlib.crc32(name.encode(), value))
     return str(value)

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from cli import Decoding, UserError, first_line, log
-from dialogs import NO_JSON, Message, Record, check_message, dialog_of, load_personas
+from dialogs import NO_JSON, Dialogs, Message, Record, check_message, dialog_of
 from generation import Conversation, PrefixCache
 
 MAX_BODY = 1_000_000  # bytes of a request
@@ -115,7 +115,7 @@ class Server:
     max_history: int
     seed: int
     name: str
-    dataset: str
+    dialogs: Dialogs
     worker: Worker
     prefix_cache: PrefixCache = field(default_factory=lambda: PrefixCache(8))
     count: Iterator[int] = field(default_factory=itertools.count)
@@ -440,7 +440,7 @@ def page(server: Server, folder: Path) -> gr.Blocks:
 
     def draw_persona() -> str:
         try:
-            return "\n".join(random.choice(load_personas(server.dataset)))
+            return "\n".join(random.choice(server.dialogs.personas))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -494,9 +494,9 @@ def page(server: Server, folder: Path) -> gr.Blocks:
     return blocks
 
 
-def serve(settings, web, model, tokenizer, persona: list[str], decoding: Decoding, seed: int) -> None:
+def serve(settings, web, model, tokenizer, dialogs: Dialogs, persona: list[str], decoding: Decoding, seed: int) -> None:
     """Serve page and endpoint until Ctrl-C. settings, web: interact.py's."""
-    about = (settings.max_history, seed, settings.model, settings.dataset_path)
+    about = (settings.max_history, seed, settings.model, dialogs)
     server = Server(model, tokenizer, persona, decoding, *about, Worker(web.max_queue))
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # by name: none is fetched
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import plain
 from cpu import cpu_has_bf16, optimize_for_cpu_inference
-from dialogs import training_texts
+from dialogs import Dialogs
 from files import find_model
 from inputs import Instances
 from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
@@ -83,13 +83,13 @@ class Bench:
 
     def __post_init__(self):
         options, self.device = self.options, torch.device(self.options.device)
+        dialogs = Dialogs(options.dataset_path, options.valid_path)
         if options.tokenizer:
             self.tokenizer = load_tokenizer(find_model(options.tokenizer))
         else:
-            self.tokenizer = DialogTokenizer(learn_bpe(training_texts(options.dataset_path, options.valid_path), 8000))
+            self.tokenizer = DialogTokenizer(learn_bpe(dialogs.training_texts(), 8000))
         with tempfile.TemporaryDirectory() as folder:
-            cache = f"{folder}/cache.bin"
-            self.splits = load_dataset(options.dataset_path, options.valid_path, cache, self.tokenizer, progress=False)
+            self.splits = load_dataset(dialogs, self.tokenizer, f"{folder}/cache.bin", progress=False)
         self.ids = self.tokenizer.ids
         self.shape = plain.QUICK if options.quick else plain.FULL
         self.precisions = ["fp32", "bf16"] if has_bf16(self.device) else ["fp32"]

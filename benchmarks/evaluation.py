@@ -29,7 +29,7 @@ def measure(bench: Bench) -> list[Row]:
         return plain.scores(bench.reference, ranking[i], width, ids).tolist()
 
     def plain_words(i: int) -> list[float]:
-        gold = int(split.strings("candidates", i)[-1])
+        gold = int(split.candidates[i][-1])
         return [plain.word_nll(bench.reference, wording[i], words, gold, ids.speaker1)]
 
     def plain_reply(i: int) -> list[int]:
@@ -57,7 +57,8 @@ def measure(bench: Bench) -> list[Row]:
             plain_rate = PLAIN / seconds(found.extend, map(run_plain, range(PLAIN)))
             rates, columns = {}, {}
             for name, model in bench.models.items():
-                results = evaluation.Results.empty(min(OURS, len(split)), split.most_candidates(), decoding.max_length)
+                candidates = int(split.candidates.sizes.max())
+                results = evaluation.Results.empty(min(OURS, len(split)), candidates, decoding.max_length)
                 with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                     rates[name] = len(results.nll) / seconds(run_ours, model, results)
                 columns[name] = torch.as_tensor(getattr(results, column)[:PLAIN]).flatten()

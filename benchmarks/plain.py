@@ -90,7 +90,7 @@ def reply(
     plain: OpenAIGPTDoubleHeadsModel, instances: Instances, index: int, decoding: Decoding, generator: torch.Generator
 ) -> list[int]:
     """A sampled reply, token by token."""
-    ids = instances.special_ids
+    ids = instances.ids
     (tokens, types), _ = instances.prefix(index, decoding.max_length)
     found: list[int] = []
     while len(found) < decoding.max_length:

@@ -12,12 +12,13 @@ from benchmarks.common import Bench, Row, seconds
 TOP = Path(__file__).resolve().parent.parent
 PREPARE = """
 import sys, time
+from dialogs import Dialogs
 from files import find_model
 from utils import load_dataset, load_tokenizer
 model, dataset, valid, cache = sys.argv[1:]
 tokenizer = load_tokenizer(find_model(model))
 started = time.perf_counter()
-load_dataset(dataset, valid, cache, tokenizer, progress=False)
+load_dataset(Dialogs(dataset, valid), tokenizer, cache, progress=False)
 print(time.perf_counter() - started)
 print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])  # kB, held at most
 """

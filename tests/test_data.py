@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dialogs
 import utils
 from cli import UserError
-from dialogs import Dialog, Utterance, load_personas, replies_of, split_dialogs, training_texts
+from dialogs import Dialog, Dialogs, Utterance, replies_of
 from helpers import DIALOG, TURNS, CountingTokenizer, json_lines, read
-from utils import load_dataset, with_distractors
+from utils import Ragged, load_dataset, with_distractors
 
 
 def dialog_lines(count: int, reply: str = "a{}") -> str:
@@ -24,7 +25,7 @@ def dialog_lines(count: int, reply: str = "a{}") -> str:
 
 
 def texts(split: utils.Split, name: str, index: int) -> list[str]:
-    return [split.text(string) for string in split.strings(name, index)]
+    return [split.text(string) for string in getattr(split, name)[index]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,12 +146,12 @@ def test_parlai_begins_a_dialog_where_numbers_fall_back_and_keeps_the_bots_perso
 
 def test_personas_of_all_splits_are_read_without_the_empty_ones(write):
     path = write(json.dumps({"train": [RECORD, {"dialog": ["a", "b"]}], "valid": [RECORD | {"personality": ["x"]}]}))
-    assert load_personas(path) == [["i like cats.", "é"], ["x"]]
+    assert Dialogs(path).personas == [["i like cats.", "é"], ["x"]]
 
 
 def test_a_dataset_without_personas_says_so(write):
     with pytest.raises(UserError, match="holds no persona; pass --personality"):
-        load_personas(write(json_lines({"dialog": ["a", "b"]})))
+        Dialogs(write(json_lines({"dialog": ["a", "b"]}))).personas  # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ GOOD = json_lines(TURNS)
         pytest.param(
             '[{"utterances": [{"history": [], "candidates": ["a"]}, {"history": [], "candidates": []}]}]',
             ", $[0]:",
-            "no candidates (the last one is the gold reply) - at `$.utterances[1].candidates`",
+            "Expected `array` of length >= 1 - at `$.utterances[1].candidates`",
             id="empty-candidates",
         ),
         pytest.param(json.dumps({"train": [RECORD]})[:-9], ":", "Input data was truncated", id="truncated-json"),
@@ -244,7 +245,7 @@ def test_a_wrong_file_is_one_clear_line(content, where, what, write):
 def test_a_missing_file_a_folder_and_a_cut_gzip_are_named(tmp_path, write):
     with pytest.raises(UserError, match=re.escape(f"no such dataset: {tmp_path}/absent; pass --dataset_path")):
         read(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path} is a folder; expected a dataset file")):
+    with pytest.raises(UserError, match=re.escape(f"cannot read {tmp_path}: Is a directory; expected a whole, ")):
         read(str(tmp_path))
     path = write(gzip.compress(GOOD.encode() * 9)[:-12])
     with pytest.raises(UserError, match=re.escape(f"cannot read {path}: ")):
@@ -257,7 +258,7 @@ def test_a_missing_file_a_folder_and_a_cut_gzip_are_named(tmp_path, write):
 
 
 def load(path: str, cache: Path, tokenizer: CountingTokenizer | None = None, valid: str = "") -> dict[str, utils.Split]:
-    return load_dataset(path, valid, str(cache), tokenizer or CountingTokenizer(), progress=False)
+    return load_dataset(Dialogs(path, valid), tokenizer or CountingTokenizer(), str(cache), progress=False)
 
 
 # 10 of 100 dialogs are held out: the other 90 replies are enough for 19 distractors, and the 10 for 9.
@@ -284,8 +285,8 @@ def test_distractors_are_the_same_every_time_and_differ_between_utterances(write
 @pytest.mark.parametrize("replies", [1, 2, 3, 19, 20, 21, 75, 76, 77])
 def test_distractors_from_pools_of_every_size(replies):
     golds = np.arange(replies, dtype=np.int32).repeat(2)  # every reply is given twice
-    offsets, candidates = with_distractors(np.arange(len(golds) + 1), golds)
-    rows = np.split(candidates, offsets[1:-1])
+    found = with_distractors(Ragged(np.arange(len(golds) + 1), golds))
+    rows = [found[i] for i in range(len(golds))]
     assert [row[-1] for row in rows] == golds.tolist()
     assert {len(row) for row in rows} == {min(replies - 1, 19) + 1}
     assert all(len(set(row.tolist())) == len(row) for row in rows)
@@ -293,9 +294,9 @@ def test_distractors_from_pools_of_every_size(replies):
 
 def test_candidates_that_are_given_are_kept():
     # Of four utterances the first and the last have candidates: 5 6 7 and 8 9. Gold replies: 7 1 2 9.
-    offsets, candidates = with_distractors(np.array([0, 3, 4, 5, 7]), np.array([5, 6, 7, 1, 2, 8, 9], np.int32))
-    assert offsets.tolist() == [0, 3, 7, 11, 13]
-    rows = [row.tolist() for row in np.split(candidates, offsets[1:-1])]
+    found = with_distractors(Ragged(np.array([0, 3, 4, 5, 7]), np.array([5, 6, 7, 1, 2, 8, 9], np.int32)))
+    assert found.offsets.tolist() == [0, 3, 7, 11, 13]
+    rows = [found[i].tolist() for i in range(4)]
     assert (rows[0], rows[3]) == ([5, 6, 7], [8, 9])
     assert (sorted(rows[1][:-1]), rows[1][-1]) == ([2, 7, 9], 1)
     assert (sorted(rows[2][:-1]), rows[2][-1]) == ([1, 7, 9], 2)
@@ -323,13 +324,13 @@ def test_a_tenth_of_the_dialogs_is_held_out_whole(dialogs, held_out, write, tmp_
 
 
 def test_at_most_500_dialogs_are_held_out(write):
-    splits = split_dialogs(write(dialog_lines(6000)), "")
+    splits = Dialogs(write(dialog_lines(6000))).splits
     assert {name: len(dialogs) for name, dialogs in splits.items()} == {"train": 5500, "valid": 500}
 
 
 def test_a_validation_split_that_is_there_is_kept(write):
     path = write(json.dumps({"valid": [RECORD], "train": [TURNS] * 20}))
-    assert {name: len(list(dialogs)) for name, dialogs in split_dialogs(path, "").items()} == {
+    assert {name: len(list(dialogs)) for name, dialogs in Dialogs(path).splits.items()} == {
         "train": 20,
         "valid": 1,
     }
@@ -345,7 +346,7 @@ def test_a_validation_split_that_is_there_is_kept(write):
 )
 def test_a_validation_file_of_its_own(content, expected, write):
     train, valid = write(dialog_lines(20)), write(content, "valid")
-    splits = {name: list(dialogs) for name, dialogs in split_dialogs(train, valid).items()}
+    splits = {name: list(dialogs) for name, dialogs in Dialogs(train, valid).splits.items()}
     assert splits["valid"] == [DIALOG] * expected
     assert len(splits["train"]) == 20
 
@@ -364,9 +365,38 @@ def test_too_little_to_validate_on(content, message, write, tmp_path):
         load(write(content), tmp_path / "cache.bin")
 
 
+def test_what_is_held_out_is_parsed_and_told_once(write, tmp_path, caplog, monkeypatch):
+    parsed, parse = [], dialogs.read_dataset
+    monkeypatch.setattr(dialogs, "read_dataset", lambda name: parsed.append(name) or parse(name))
+    path = write(dialog_lines(20))
+    with caplog.at_level(logging.INFO, logger="improvedflend"):
+        dataset = Dialogs(path)
+        assert not parsed
+        texts = set(dataset.training_texts())
+        splits = load_dataset(dataset, CountingTokenizer(), str(tmp_path / "cache.bin"), progress=False)
+        assert texts.isdisjoint(splits["valid"].history_texts(0))
+    told = [f"{path} has no validation split: 2 of its 20 dialogs are held out for it"]
+    assert (parsed, caplog.messages[:-1]) == ([path], told)
+    assert "tokenised" in caplog.messages[-1]
+
+
+def test_a_tokenised_dataset_is_not_parsed(write, tmp_path, monkeypatch):
+    path, valid = write(dialog_lines(20)), write(json_lines(TURNS), "valid")
+    first = contents(load(path, tmp_path / "cache.bin", valid=valid))
+    monkeypatch.setattr(dialogs, "read_dataset", lambda name: pytest.fail(f"parsed {name}"))
+    assert contents(load(path, tmp_path / "cache.bin", valid=valid)) == first
+
+
+def test_validation_data_alone(write, tmp_path):
+    path = write(json_lines(TURNS))
+    assert Dialogs(None, path).digest == ("", Dialogs(path).digest[0])
+    splits = load_dataset(Dialogs(None, path), CountingTokenizer(), str(tmp_path / "cache.bin"), progress=False)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 0, "valid": 2}
+
+
 def test_a_vocabulary_is_learned_from_the_training_split_alone(write):
     path = write(json.dumps({"train": [TURNS], "valid": [{"personality": ["secret"], "dialog": ["x", "y"]}]}))
-    assert set(training_texts(path, "")) == {"i like cats.", "é", "hi", "hello", "bye", "see you"}
+    assert set(Dialogs(path).training_texts()) == {"i like cats.", "é", "hi", "hello", "bye", "see you"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -381,7 +411,7 @@ def cache_files(folder: Path) -> list[Path]:
 def contents(splits: dict[str, utils.Split]) -> dict[tuple[str, int, str], list[tuple[str, list[int]]]]:
     """Every list of a dataset by split, utterance and name, as texts and their ids."""
     return {
-        (name, i, part): [(split.text(s), split.ids(s)) for s in split.strings(part, index)]
+        (name, i, part): [(split.text(s), split.ids(s)) for s in getattr(split, part)[index]]
         for name, split in splits.items()
         for i in range(len(split))
         for part, index in (("persona", split.dialogs[i]), ("history", i), ("candidates", i))
@@ -493,7 +523,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(cache, write, tm
     monkeypatch.chdir(tmp_path)
     write("", "file")
     with pytest.raises(UserError):
-        load_dataset(write(dialog_lines(3)), "", cache, CountingTokenizer(), progress=False)
+        load_dataset(Dialogs(write(dialog_lines(3))), CountingTokenizer(), cache, progress=False)
 
 
 def test_of_two_at_once_one_tokenises(write, tmp_path, lock_asked):

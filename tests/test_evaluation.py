@@ -28,6 +28,7 @@ from convai_evaluation import (
     reply_figures,
     split_words,
 )
+from dialogs import Dialogs
 from helpers import run_python
 from inputs import Instances, batches_by_length, collate
 from utils import load_dataset
@@ -91,7 +92,8 @@ def splits_of(tmp_path: Path):
 
     def load_splits(data: dict, tokenizer):
         (tmp_path / "data.json").write_text(json.dumps(data))
-        return load_dataset(str(tmp_path / "data.json"), "", str(tmp_path / "cache.bin"), tokenizer, progress=False)
+        dialogs = Dialogs(str(tmp_path / "data.json"))
+        return load_dataset(dialogs, tokenizer, str(tmp_path / "cache.bin"), progress=False)
 
     return load_splits
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import IDS, make_split
-from inputs import Instance, Instances, batches_by_length, build_prefix, collate, fit
+from inputs import Instance, Instances, batches_by_length, build_prefix, collate, truncate
 
 B, E, P, S1, S2 = IDS.bos, IDS.eos, IDS.pad, IDS.speaker1, IDS.speaker2
 
@@ -65,7 +65,7 @@ HISTORY = [[11, 12], [13, 14, 15], [16, 17]]
     ],
 )
 def test_what_is_cut_first(limit, persona, history, reply):
-    assert fit(PERSONA, HISTORY, 4, limit) == (persona, history, reply)
+    assert truncate(PERSONA, HISTORY, 4, limit) == (persona, history, reply)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_what_is_cut_first(limit, persona, history, reply):
     ],
 )
 def test_cuts_of_unusual_rows(given, limit, expected):
-    assert fit(*given, limit) == expected
+    assert truncate(*given, limit) == expected
 
 
-def test_fit_leaves_its_arguments_alone():
+def test_truncation_leaves_its_arguments_alone():
     persona, history = [[1, 2], [3]], [[4, 5], [6, 7]]
-    fit(persona, history, 4, 6)
+    truncate(persona, history, 4, 6)
     assert (persona, history) == ([[1, 2], [3]], [[4, 5], [6, 7]])
 
 
@@ -210,8 +210,8 @@ def test_rows_fit_the_model_and_the_cut_ones_are_reported(limit, caplog):
     changed = sum(instances[i] != whole[i] for i in range(3))
     assert changed == (limit < 11) + (limit < 21)  # they are 11, 21 and 4 tokens long
     with caplog.at_level(logging.INFO, logger="improvedflend"):
-        instances.report_cuts("train")
-    expected = [f"train: {changed} of 3 utterances are longer than {limit} tokens and are cut"] if changed else []
+        instances.report_truncation("train")
+    expected = [f"train: {changed} of 3 utterances are longer than {limit} tokens and are truncated"] if changed else []
     assert caplog.messages == expected
 
 
@@ -239,7 +239,7 @@ def test_a_batch_of_packed_rows():
         "lm_positions": [2, 5, 6, 8 + 4, 8 + 5],
         "lm_labels": [6, 7, E, 8, E],
         "extra_starts": [0, 0],
-        "read": [2, 4, 5, 6, 7, 8 + 4, 8 + 5, 8 + 6],
+        "head_positions": [2, 4, 5, 6, 7, 8 + 4, 8 + 5, 8 + 6],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
     assert {getattr(batch, name).dtype for name in expected} == {torch.int64}
@@ -264,7 +264,7 @@ def test_extra_continuations_stand_behind_the_candidates_and_are_in_no_loss():
         "lm_positions": [1, 4, 9 + 2, 9 + 5],
         "lm_labels": [6, E, 6, E],
         "extra_starts": [0, 9 + 7],
-        "read": [1, 3, 4, 5, 9 + 2, 9 + 4, 9 + 5, 9 + 6, 9 + 7, 9 + 8],
+        "head_positions": [1, 3, 4, 5, 9 + 2, 9 + 4, 9 + 5, 9 + 6, 9 + 7, 9 + 8],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
 

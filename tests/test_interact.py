@@ -14,7 +14,7 @@ import torch
 
 import interact
 from cli import Decoding, UserError, printable
-from dialogs import MAX_MESSAGE, check_message, load_personas, read_dataset
+from dialogs import MAX_MESSAGE, Dialogs, check_message, read_dataset
 from generation import Conversation, PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
 from helpers import run_python
 from inputs import build_prefix
@@ -532,7 +532,7 @@ def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
     assert "exists" in screen.say(f"/save {persona}")
     assert "Forgotten" in screen.say("/reset")
     assert "my cat can swim ." in screen.say(f"/persona set {persona}")
-    sample = {sentence for each in load_personas(str(ROOT / "data" / "sample.json")) for sentence in each}
+    sample = {sentence for each in Dialogs(str(ROOT / "data" / "sample.json")).personas for sentence in each}
     drawn = [line[2:] for line in screen.say("/persona random").splitlines()[1:-1]]
     assert drawn and set(drawn) <= sample
     shown = screen.say(f"/load {saved}")

@@ -195,7 +195,7 @@ def test_packed_rows_have_the_hidden_states_of_padded_rows(kind, dialog_model, l
     batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
     with torch.no_grad():
         packed, padded = (way(batch).flatten(0, 1) for way in (model._hidden_packed, model._hidden_padded))
-    real = batch.read if kind == "openai-gpt" else (batch.segments >= 0).flatten()  # it computes no others
+    real = batch.head_positions if kind == "openai-gpt" else (batch.segments >= 0).flatten()  # it computes no others
     torch.testing.assert_close(packed[real], padded[real], rtol=1e-4, atol=1e-4)
 
 
@@ -436,7 +436,7 @@ def test_folder_with_only_a_config_is_trained_from_scratch(kind, make_model, tmp
     files = ModelFiles(tmp_path)
     with pytest.raises(UserError, match="holds no tokenizer; train it first"):
         load_tokenizer(files)
-    tokenizer = load_tokenizer(files, texts=lambda: ["i like cats .", "do you like dogs ?"])
+    tokenizer = load_tokenizer(files, texts=["i like cats .", "do you like dogs ?"])
     with pytest.raises(UserError, match="holds no weights; train it first"):
         load_model(files, tokenizer, torch.device("cpu"))
     model = load_model(files, tokenizer, torch.device("cpu"), from_scratch=True)

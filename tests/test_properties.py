@@ -16,7 +16,7 @@ from cli import Decoding, UserError
 from dialogs import Dialog, Utterance, read_dataset
 from generation import draw, filtered_probabilities
 from helpers import IDS, make_split
-from inputs import Instances, build_prefix, collate, fit
+from inputs import Instances, build_prefix, collate, truncate
 from utils import DialogTokenizer, detokenize, learn_bpe, spacy_words
 
 settings.register_profile(
@@ -43,7 +43,7 @@ limits = st.integers(4, 120)
 
 @given(sentences, sentences, st.integers(0, 40), limits)
 def test_what_is_cut_is_as_little_as_can_be(persona, history, reply, limit):
-    kept_persona, kept_history, room = fit(persona, history, reply, limit)
+    kept_persona, kept_history, room = truncate(persona, history, reply, limit)
     prefix, types = build_prefix(kept_persona, kept_history, IDS)
     assert len(prefix) + room + 1 <= limit
     assert 1 <= room or room == reply == 0
@@ -79,7 +79,7 @@ def test_instances_fit_and_speakers_alternate(dialogs, max_history, num_candidat
         assert len(instance.prefix) == len(instance.token_types)
         assert (instance.prefix[0], instance.prefix[-1]) == (IDS.bos, IDS.speaker1)
         assert all(reply[-1] == IDS.eos for reply in instance.candidates)
-        given_replies = [split.ids(string) for string in split.strings("candidates", utterance)][-num_candidates:]
+        given_replies = [split.ids(string) for string in split.candidates[utterance]][-num_candidates:]
         assert all(
             reply[:-1] == full[: len(reply) - 1] for reply, full in zip(instance.candidates, given_replies, strict=True)
         )

@@ -247,7 +247,7 @@ def test_a_learned_vocabulary_gives_back_any_text(text, model_type, tmp_path):
 
 def test_a_learned_vocabulary_is_as_large_as_the_config_says_and_learned_from_the_texts(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 270}')
-    tokenizer = load_tokenizer(ModelFiles(tmp_path), texts=lambda: ["a banana in a bandana"] * 9)
+    tokenizer = load_tokenizer(ModelFiles(tmp_path), texts=["a banana in a bandana"] * 9)
     assert len(tokenizer) == 270  # 256 bytes, 9 merges, 5 special tokens
     assert len(tokenizer.encode(["banana"])[0]) < 6 == len(tokenizer.encode(["xyzxyz"])[0])
 

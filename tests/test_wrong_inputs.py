@@ -25,8 +25,8 @@ import convai_evaluation
 import interact
 import runs
 import train
-from cli import Decoding, UserError, run_script
-from dialogs import FORMATS, read_dataset
+from cli import Decoding, UserError, explain_errors, run_script
+from dialogs import FORMATS, Dialogs, read_dataset
 from files import download, find_model, unpack
 from generation import Conversation
 from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, json_lines, kept, member, read, write_tar
@@ -58,6 +58,24 @@ def full_disk(largest: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("error", "kinds", "line"),
+    [
+        (OSError(2, "No such file", "x"), [OSError], "cannot read x: No such file; expected y"),
+        (ValueError("this:\n  that\nmore"), [OSError, ValueError], "cannot read x: this: that; expected y"),
+        (ValueError(), [], "cannot read x: ValueError; expected y"),
+        (UserError("what to do"), [], "what to do"),
+        (KeyError("z"), [OSError], None),
+        (KeyboardInterrupt(), [], None),
+    ],
+)
+def test_an_error_is_explained_in_one_line(error, kinds, line):
+    with pytest.raises(UserError if line else type(error)) as caught:
+        with explain_errors("cannot read x", "expected y", *kinds):
+            raise error
+    assert str(caught.value) == line or not line
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -204,7 +222,7 @@ DEEP = "maximum recursion depth exceeded while deserializing an object"
         ('{"messages": [{"content": "hi"}]}\n', ", line 1: Object missing required field `role` - at `$.messages[0]`"),
         (json.dumps({f"k{i}": [] for i in range(9999)}), ": has the keys k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, ..., expected train and valid"),
         # an empty list where the gold reply must be
-        (utterance(candidates=[]), ", $.train[0]: no candidates (the last one is the gold reply) - at `$.utterances[0].candidates`"),
+        (utterance(candidates=[]), ", $.train[0]: Expected `array` of length >= 1 - at `$.utterances[0].candidates`"),
         # bytes that are no text
         (b"\0" * 100, r": begins with b'\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00'"),
         (b'{"dialog": ["a\0", "b"]}\n', ": JSON is malformed: invalid character (byte 14)"),
@@ -325,7 +343,7 @@ def test_every_language_is_read_tokenised_and_kept(language, kind, write, tmp_pa
         DialogTokenizer(learn_bpe(texts, 300)) if kind == "learned" else load_tokenizer(find_model(str(tiny(kind))))
     )
     path = write(json_lines(*[{"personality": texts, "dialog": texts}] * 2))
-    split = load_dataset(path, "", str(tmp_path / "cache.bin"), tokenizer, progress=False)["train"]
+    split = load_dataset(Dialogs(path), tokenizer, str(tmp_path / "cache.bin"), progress=False)["train"]
     assert split.persona_texts(0) == texts
     assert (split.history_texts(0), split.gold_text(0)) == (texts[:1], texts[1])
     instance = Instances(split, tokenizer.ids, 2, 512)[0]
@@ -339,7 +357,7 @@ def test_every_language_is_read_tokenised_and_kept(language, kind, write, tmp_pa
 def test_personas_of_any_size_and_more_candidates_than_there_are(sentences, num_candidates, write, tmp_path):
     persona = [f"fact {i}." for i in range(sentences)]
     path = write(json_lines(*({"personality": persona, "dialog": ["hi", f"a{i}"]} for i in range(9))))
-    split = load_dataset(path, "", str(tmp_path / "cache.bin"), CountingTokenizer(), progress=False)["train"]
+    split = load_dataset(Dialogs(path), CountingTokenizer(), str(tmp_path / "cache.bin"), progress=False)["train"]
     for limit in (16, 128, 4096):
         instance = Instances(split, IDS, 2, limit, num_candidates, permutations=3)[2 * len(split)]
         assert len(instance.candidates) == min(num_candidates, 8)  # one of nine dialogs is held out
@@ -619,17 +637,18 @@ class Destroyer(CountingTokenizer):
         ("/proc/nothing", None, None, "cannot create the folder {0}: No such file or directory; choose one you can write to"),
         ("/sys", None, None, "cannot write beside {0}/cache_{1}.bin: Permission denied; choose a folder you can write to"),
         ("full", 100, None, "cannot write to {0}: Error while serializing: I/O error: File too large (os error 27); free some space or choose another"),
-        ("gone", None, Destroyer, "cannot write to {0}: [Errno 2] No such file or directory: '{0}/{2}'; free some space or choose another"),
+        ("gone", None, Destroyer, "cannot write to {0}: No such file or directory; free some space or choose another"),
     ],
 )  # fmt: skip
 def test_a_dataset_cache_that_cannot_be_written(folder, largest, tokenizer, line, write, tmp_path):
     path, folder = write(json_lines(TURNS, TURNS)), tmp_path / folder
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as caught, full_disk(largest) if largest else contextlib.nullcontext():
-        load_dataset(path, "", f"{folder}/cache.bin", (tokenizer or CountingTokenizer)(str(folder)), progress=False)
+        load_dataset(
+            Dialogs(path), (tokenizer or CountingTokenizer)(str(folder)), f"{folder}/cache.bin", progress=False
+        )
     said = str(caught.value)
-    key, temporary = said.partition("cache_")[2][:12], said.partition("/.saving-")[2][:8]
-    assert said == line.format(folder, key, f".saving-{temporary}")
+    assert said == line.format(folder, said.partition("cache_")[2][:12])
     assert (
         not folder.is_relative_to(tmp_path) or not folder.is_dir() or {f.suffix for f in folder.iterdir()} <= {".lock"}
     )
@@ -639,7 +658,7 @@ def test_a_dataset_cache_that_cannot_be_written(folder, largest, tokenizer, line
 def test_a_download_onto_a_full_disk_is_continued_later(server, cache):
     with full_disk(10000), pytest.raises(UserError) as caught:
         download(server.url, "free some space")
-    assert str(caught.value) == f"cannot fetch {server.url}: [Errno 27] File too large; free some space"
+    assert str(caught.value) == f"cannot fetch {server.url}: File too large; free some space"
     assert download(server.url, "").read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=10000-"]
 
@@ -654,7 +673,7 @@ def test_a_download_cache_that_is_removed_midway(server, cache, monkeypatch):
     monkeypatch.setattr(Handler, "do_GET", removing)
     with pytest.raises(UserError) as caught:
         download(server.url, "try again")
-    assert str(caught.value).startswith(f"cannot fetch {server.url}: [Errno 2] No such file or directory: '{cache}/")
+    assert str(caught.value).startswith(f"cannot fetch {server.url}: No such file or directory; try again")
     monkeypatch.setattr(Handler, "do_GET", whole)
     assert download(server.url, "").read_bytes() == CONTENT
 
@@ -663,7 +682,7 @@ def test_unpacking_onto_a_full_disk_leaves_nothing(tmp_path, cache):
     path = write_tar(tmp_path / "model.tar.gz", "config.json")
     with full_disk(1), pytest.raises(UserError) as caught:
         unpack(path)
-    line = f"{path} cannot be unpacked: [Errno 27] File too large; expected a .tar.gz, whole, and room for it"
+    line = f"{path} cannot be unpacked: File too large; expected a .tar.gz, whole, and room for it"
     assert str(caught.value) == line
     assert kept(cache) == []
     assert (unpack(path) / "config.json").exists()
@@ -698,7 +717,7 @@ def test_a_transcript_that_cannot_be_cut_back(tmp_path, monkeypatch):
 
 
 def test_a_name_too_long_to_save_a_chat_in(tmp_path, dialog_model, load):
-    terminal = interact.Terminal(Conversation(*load(dialog_model("gpt2")), [], Decoding(), 2, 0), None, "")
+    terminal = interact.Terminal(Conversation(*load(dialog_model("gpt2")), [], Decoding(), 2, 0), None, Dialogs(""))
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: .*File name too long"):
         terminal.do_save(str(tmp_path / ("x" * 300)))
 
@@ -715,13 +734,13 @@ def test_a_full_gpu_is_one_line(ended, monkeypatch):
 def test_saving_a_chat_on_a_full_disk_keeps_what_was_saved(tmp_path, dialog_model, load, capsys):
     model, tokenizer = load(dialog_model("gpt2"))
     chat = Conversation(model, tokenizer, ["i like cats."], Decoding(), 2, 0)
-    terminal, path = interact.Terminal(chat, None, ""), tmp_path / "chat.json"
+    terminal, path = interact.Terminal(chat, None, Dialogs("")), tmp_path / "chat.json"
     chat.resume(["hi", "hello"])
     terminal.do_save(str(path))
     before = path.read_text()
     chat.resume(["hi", "hello", "x" * 9999, "bye"])
     with full_disk(len(before)), pytest.raises(UserError) as caught:
         terminal.do_save(str(path))
-    line = f"cannot write to {tmp_path}: [Errno 27] File too large; free some space or choose another"
+    line = f"cannot write to {tmp_path}: File too large; free some space or choose another"
     assert str(caught.value) == line
     assert path.read_text() == before and [file.name for file in tmp_path.glob("*chat*")] == ["chat.json"]
