@@ -1,6 +1,6 @@
-"""How a reply is drawn: prefill, decode, sample, rank; a conversation. Ids in, ids out.
+"""How a reply is drawn: prefill, decode, sample, rank; and a conversation of replies. Ids in, ids out.
 
-Shapes: R rows that are drawn, T tokens, S columns that are attended to, D hidden size, V vocabulary.
+Shapes: R rows (a reply each), T new tokens, S columns that are attended to, D hidden size, V vocabulary.
 """
 
 import os
@@ -25,23 +25,23 @@ from utils import DialogTokenizer
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply as far as it is drawn."""
+    """A reply as far as it is drawn. It never changes: a longer one is another object."""
 
     tokens: list[int] = field(default_factory=list)
-    complete: bool = False  # it ended of itself, not at its longest length
-    log_likelihood: float = 0.0  # of its tokens and the special one at its end, in the model's own distribution
-    mc_score: float | None = None  # of the multiple-choice head, which reads the <eos> after a whole reply
+    complete: bool = False  # it ended with a special token, not at its longest length
+    log_likelihood: float = 0.0  # summed over its tokens and that special one; of the model, not of the sampler
+    mc_score: float | None = None  # the multiple-choice head's; None until the reply is scored
 
     @property
     def token_log_likelihood(self) -> float:
         """The log-likelihood per token."""
         return self.log_likelihood / max(len(self.tokens) + self.complete, 1)
 
-    def goes_on(self, decoding: Decoding) -> bool:
+    def can_grow(self, decoding: Decoding) -> bool:
         return not self.complete and len(self.tokens) < decoding.max_length
 
     def extended(self, token: int, log_likelihood: float, special: frozenset[int]) -> "Reply":
-        """With one more token. A special one ends the reply; after its end nothing is added."""
+        """With one more token. A special one ends the reply, and a reply that has ended stays as it is."""
         if self.complete:
             return self
         ends = token in special
@@ -54,7 +54,7 @@ def rank_replies(replies: list[Reply], rerank: str) -> list[Reply]:
     keys = {
         "mc": lambda reply: (reply.mc_score, reply.token_log_likelihood),
         "lm": lambda reply: reply.token_log_likelihood,
-        # A softmax over the scores would take the same from each, so the score itself stands for its log-probability.
+        # A score ranks like its log-softmax, which subtracts the same from each.
         "both": lambda reply: reply.mc_score + reply.token_log_likelihood,
     }
     return sorted(replies, key=keys[rerank], reverse=True)
@@ -65,14 +65,14 @@ Token = tuple[int, int]  # its id, and its token type (the id of its speaker)
 
 @dataclass
 class Row:
-    """A reply in the making, and what it is drawn with."""
+    """A reply in the making, and what is its own: the rows of a batch do not depend on each other."""
 
     prefix: list[Token]
     generator: torch.Generator
     reply: Reply = field(default_factory=Reply)
 
     def history(self) -> list[int]:
-        """The prefix without its persona: from the first speaker on, whose id is also the token's type."""
+        """The prefix without its persona: from the first speaker token on, which is its own token type."""
         return [token for token, _ in dropwhile(lambda token: token[0] != token[1], self.prefix)]
 
 
@@ -80,7 +80,7 @@ class Row:
 # Sampling
 # ------------------------------------------------------------------------------------------------------------
 
-NUCLEUS_SIZES = 64, 1024  # tokens: where the nucleus is looked for before the whole vocabulary
+NUCLEUS_SIZES = 64, 1024  # tokens: so many of the likeliest are sorted before the whole vocabulary is
 
 
 def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
@@ -106,13 +106,14 @@ def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
 
 
 def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token for each row (R, V) -> (R,).
+    """One token for each row (R, V) -> (R,), by inverting the cumulative distribution.
 
-    Every row has a generator of its own, on the CPU. With torch.multinomial a token would depend on the other rows.
+    torch.multinomial draws all rows with one generator, so that a reply would depend on the others in its batch. Here
+    every row has its own, which is on the CPU whatever the device.
     """
     uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probabilities)
     cumulative = probabilities.cumsum(-1)
-    point = uniform[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]  # rounding must not lift it to the total
+    point = uniform[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]  # below the total, however it is rounded
     return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
 
@@ -125,7 +126,7 @@ def repeating(history: list[int], reply: list[int], n: int) -> set[int]:
 
 
 def apply_penalties(logits: Tensor, row: Row, decoding: Decoding, special: frozenset[int]) -> None:
-    """Change one row's logits (V,) in place: repeated tokens become less likely, barred ones impossible."""
+    """Change one row's logits (V,) in place: what is repeated becomes less likely or impossible, an early end too."""
     tokens = row.reply.tokens
     if decoding.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1
         used = torch.tensor(sorted({*row.history(), *tokens} - special), device=logits.device).long()
@@ -137,7 +138,7 @@ def apply_penalties(logits: Tensor, row: Row, decoding: Decoding, special: froze
 
 
 def sample(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozenset[int]) -> Tensor:
-    """The next token of every row, (R, V) -> (R,). special: tokens at which a reply ends."""
+    """The next token of every row (R, V) -> (R,). special: the tokens that end a reply."""
     logits = logits.clone()
     for row, row_logits in zip(rows, logits, strict=True):
         apply_penalties(row_logits, row, decoding, special)
@@ -150,14 +151,14 @@ def sample(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozens
 # Key-value cache
 # ------------------------------------------------------------------------------------------------------------
 
-Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (R, heads, S, head size)
+Layers = list[tuple[Tensor, Tensor]]  # each layer's keys and values, (R, heads, S, head size)
 
 
-def cache_of(layers: Layers, columns: int) -> Cache:
-    """A cache that begins with some keys and values, and has room for `columns` columns.
+def new_cache(layers: Layers, columns: int) -> Cache:
+    """A cache with room for `columns` columns, of which the first are given.
 
-    transformers' default cache grows by one column for each token, and copies all others: at 32 rows that takes a
-    third of the time.
+    transformers' default cache has no room to spare: it copies everything for each new token, which takes a third of
+    a decoding step of 32 rows.
     """
     cache = Cache(layer_class_to_replicate=partial(StaticLayer, columns))
     for index, (keys, values) in enumerate(layers):
@@ -165,15 +166,15 @@ def cache_of(layers: Layers, columns: int) -> Cache:
     return cache
 
 
-def copied(cache: Cache, rows: list[int], columns: int) -> Layers:
-    """Keys and values of some rows and of the first columns."""
+def cached_layers(cache: Cache, rows: list[int], columns: int) -> Layers:
+    """A copy of what a cache holds of some rows, in its first columns."""
     return [(layer.keys[rows, :, :columns], layer.values[rows, :, :columns]) for layer in cache.layers]
 
 
 class PrefixCache:
-    """Keys and values of the last rows, so that a prefix which begins like one of them is computed only from there.
+    """Keys and values of the last rows, so that a prefix that begins like one of them is computed only from there on.
 
-    They depend on the tokens and token types of the row alone, so conversations may share a cache.
+    They depend on a row's tokens and token types alone, so conversations may share a cache.
 
     Args:
         size: rows to keep.
@@ -184,80 +185,81 @@ class PrefixCache:
         self.rows: list[tuple[list[Token], Layers]] = []
 
     def longest_match(self, row: list[Token]) -> Layers:
-        """Keys and values of the longest beginning that this row has in common with a kept one.
+        """Keys and values of the longest beginning that this row shares with a kept one.
 
-        The row's last token is left out: its hidden state, which is not kept, predicts the next token.
+        The row's last token is left out: its hidden state predicts the next token, and is not kept.
         """
         length, layers = 0, []
         for kept, kept_layers in self.rows:
-            shared = len(os.path.commonprefix([row[:-1], kept]))  # which takes any two sequences
+            shared = len(os.path.commonprefix([row[:-1], kept]))  # it compares any sequences, not just paths
             if shared > length:
                 length, layers = shared, kept_layers
         return [(keys[:, :, :length], values[:, :, :length]) for keys, values in layers]
 
     def keep(self, row: list[Token], layers: Layers) -> None:
-        """Keep one row; it takes the place of the rows that it continues, or of the oldest."""
+        """Keep a row in the place of those that it continues, else of the oldest."""
         others = [kept for kept in self.rows if kept[0] != row[: len(kept[0])]]
         self.rows = [*others, (row, layers)][-self.size :]
 
 
 class DecodeState:
-    """The keys and values of some rows of tokens, so that only new tokens are computed.
+    """Rows of tokens and their keys and values, so that only new tokens are computed.
 
-    Rows get new tokens at different times. In a column where a row gets none there is padding, hidden from the row.
+    All rows get a column at the same time, but not all get a token in it: the others have padding there, which is
+    hidden from them.
 
     Args:
         columns: how many there will be at most.
-        layers: the first columns, which are the same in all rows.
+        layers: keys and values of the first columns, if they are known; the same in all rows.
     """
 
     def __init__(self, model: DialogModel, rows: int, columns: int, layers: Layers = ()):
-        self.model, self.cache = model, cache_of(layers, columns)
-        # (R, S): the columns that hold a token of the row
+        self.model, self.cache = model, new_cache(layers, columns)
+        # (R, S): where a row has a token
         self.real = torch.zeros(rows, columns, dtype=torch.bool, device=model.device)
         self.real[:, : self.width] = True
 
     @property
     def width(self) -> int:
-        """Columns that are computed."""
+        """How many columns are computed."""
         return int(self.cache.get_seq_length())
 
-    def append(self, rows: list[list[Token]]) -> Tensor:
-        """Compute the tokens that are new in each row, if any are; the hidden state of its last new one (R, D)."""
+    def prefill(self, rows: list[list[Token]], copies: int) -> Tensor:
+        """Compute the first tokens and make `copies` rows of each; the hidden state of each row's last token (R, D)."""
+        hidden = self.extend_to(rows)
+        if copies > 1:
+            repeated = [row for row in range(len(rows)) for _ in range(copies)]
+            self.cache = new_cache(cached_layers(self.cache, repeated, self.width), self.real.shape[1])
+            self.real, hidden = self.real[repeated], hidden[repeated]
+        return hidden
+
+    def extend_to(self, rows: list[list[Token]]) -> Tensor:
+        """Compute the tokens that are new in each row; the hidden state of its last new one, if it has any (R, D)."""
         device, padding = self.model.device, (self.model.ids.pad, self.model.ids.pad)
         new = [row[length:] for row, length in zip(rows, self.real.sum(1).tolist(), strict=True)]
         longest = max(map(len, new))
         padded = torch.tensor([row + [padding] * (longest - len(row)) for row in new], device=device)
-        tokens, types = padded.unbind(-1)  # (R, T) each
+        tokens, types = padded.unbind(-1)  # (R, T)
+        real = types != self.model.ids.pad  # a token's type is a speaker
         columns = slice(self.width, self.width + longest)
-        real = types != self.model.ids.pad
         self.real[:, columns] = real
         causal = torch.ones(longest, self.real.shape[1], dtype=torch.bool, device=device).tril(self.width)
-        ends = torch.arange(0, real.numel(), longest, device=device) + (real.sum(1) - 1).clamp(min=0)  # in (R * T)
+        last = torch.arange(0, real.numel(), longest, device=device) + (real.sum(1) - 1).clamp(min=0)  # flat, in (R*T)
         hidden = self.model.run_body(
             tokens,
             types,
             positions=self.real.cumsum(1)[:, columns] - 1,
-            visible=self.real[:, None] & causal,
-            needed=ends,
+            visible=self.real[:, None] & causal,  # (R, T, S)
+            needed=last,
             cache=self.cache,
         )
-        return hidden.flatten(0, 1)[ends]
-
-    def prefill(self, rows: list[list[Token]], copies: int) -> Tensor:
-        """The same for the first tokens; after it there are `copies` rows of each (R * copies, D)."""
-        hidden = self.append(rows)
-        if copies > 1:
-            repeated = [row for row in range(len(rows)) for _ in range(copies)]
-            self.cache = cache_of(copied(self.cache, repeated, self.width), self.real.shape[1])
-            self.real, hidden = self.real[repeated], hidden[repeated]
-        return hidden
+        return hidden.flatten(0, 1)[last]
 
 
 def last_hidden(model: DialogModel, rows: list[list[Token]]) -> Tensor:
-    """The hidden state of each row's last token (R, D), where an architecture cannot use our cache.
+    """The hidden state of each row's last token (R, D), for architectures that cannot use our cache.
 
-    A row is computed whole for every token, and alone, since such an architecture may not be exact with padding.
+    A row is computed whole each time, and alone, since such an architecture may not be exact with padding either.
     """
     inputs = [torch.tensor([row], device=model.device).unbind(-1) for row in rows]
     return torch.cat([model.body(inputs_embeds=model.embed(*row), use_cache=False)[0][:, -1] for row in inputs])
@@ -271,14 +273,14 @@ def last_hidden(model: DialogModel, rows: list[list[Token]]) -> Tensor:
 class Generation:
     """Replies to a batch of prefixes (tokens and token types, as `inputs.build_prefix` makes them).
 
-    Iterating draws a token of every reply at a time, and yields the replies so far: for each prefix a list of
-    `n_replies`. A reply ends before its first special token, or after `max_length` tokens. Iterating may be given up
-    at any token, and taken up again; `finish` ends it.
+    Iterating draws one token of every reply at a time and yields the replies so far: for each prefix a list of
+    `n_replies`. A reply ends before its first special token, or after `max_length` tokens. Iterating may stop at any
+    token and go on later; `finish` ends it.
 
     Args:
         generators: one for each prefix.
-        prefix_cache: prefixes computed before. A prefix that stands alone begins with what it has, and is kept there
-            with its best reply for the next turn.
+        prefix_cache: where to look for the beginning of a prefix that stands alone, and to keep it with its best
+            reply for the next turn.
     """
 
     def __init__(
@@ -301,14 +303,14 @@ class Generation:
 
     @property
     def replies(self) -> list[list[Reply]]:
-        """The replies to each prefix as far as they are drawn."""
+        """The replies to each prefix as far as they are drawn, in the order of their rows."""
         replies, n = [row.reply for row in self.rows], self.decoding.n_replies
         return [replies[i : i + n] for i in range(0, len(replies), n)]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[Reply]]]:
         special = self.model.ids.all
-        while self.ranked is None and any(row.reply.goes_on(self.decoding) for row in self.rows):
+        while self.ranked is None and any(row.reply.can_grow(self.decoding) for row in self.rows):
             logits = self.model.lm_logits(self._hidden()).float()  # (R, V)
             tokens = sample(logits, self.rows, self.decoding, special)
             log_likelihoods = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -318,9 +320,9 @@ class Generation:
 
     @torch.inference_mode()
     def finish(self) -> list[list[Reply]]:
-        """End the generation: the replies to each prefix, best first, as far as they were drawn, with both scores."""
+        """End the generation here: the replies to each prefix, scored by both heads, best first."""
         if self.ranked is None:
-            # The head reads the hidden states of all replies' <eos>, which are computed here, at once.
+            # The head reads the hidden state at a reply's <eos>. Here all of them are computed, in one pass.
             scores = self.model.lm.multiple_choice_head(self._hidden(self.model.ids.eos))[:, 0]
             for row, score in zip(self.rows, scores.tolist(), strict=True):
                 row.reply = replace(row.reply, mc_score=score)
@@ -328,18 +330,17 @@ class Generation:
             if self.prefix_cache is not None:  # the next turn begins with this prefix and the best reply
                 best = self.replies[0].index(self.ranked[0][0])
                 tokens = self._tokens(self.rows[best])
-                self.prefix_cache.keep(tokens, copied(self.state.cache, [best], len(tokens)))
+                self.prefix_cache.keep(tokens, cached_layers(self.state.cache, [best], len(tokens)))
         return self.ranked
 
     def _hidden(self, *ending: int) -> Tensor:
-        """The hidden state of each row's last token (R, D), after computing what was drawn last, and `ending`."""
+        """Compute the tokens drawn last, and `ending` after them; the hidden state of each row's last token (R, D)."""
         rows = [self._tokens(row, *ending) for row in self.rows]
         if not self.model.packed:
             return last_hidden(self.model, rows)
         if self.state is not None:
-            return self.state.append(rows)
-        # Each prefix is computed once, for all of its replies.
-        copies, columns = self.decoding.n_replies, max(map(len, rows)) + self.decoding.max_length + 1  # and <eos>
+            return self.state.extend_to(rows)
+        copies, columns = self.decoding.n_replies, max(map(len, rows)) + self.decoding.max_length + 1  # with <eos>
         layers = self.prefix_cache.longest_match(rows[0]) if self.prefix_cache else ()
         self.state = DecodeState(self.model, len(self.prefixes), columns, layers)
         return self.state.prefill(rows[::copies], copies)
@@ -355,11 +356,11 @@ def generate_replies(
     decoding: Decoding,
     generators: list[torch.Generator],
 ) -> list[list[int]]:
-    """The tokens of the best reply to each prefix: see `Generation`."""
+    """The tokens of the best reply to each prefix; arguments as in `Generation`."""
     generation = Generation(model, prefixes, decoding, generators)
     for _ in generation:
         pass
-    # Of one reply there is nothing to choose, so nothing to score.
+    # With one reply there is nothing to choose, so no need for its scores.
     ranked = generation.replies if decoding.n_replies == 1 else generation.finish()
     return [replies[0].tokens for replies in ranked]
 

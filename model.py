@@ -411,7 +411,7 @@ def gguf_tensors(files: ModelFiles):
 
 def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     """Refuse a model that was not loaded whole, or not of numbers. report: transformers' loading info."""
-    reshaped = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]]
+    reshaped = [f"{name} {tuple(stored)} for {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]]
     missing = [name for name in report["missing_keys"] if not name.startswith("multiple_choice_head.")]
     infinite = [
         name
@@ -441,7 +441,7 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
 
 @torch.no_grad()
 def probe(model: DialogModel) -> None:
-    """Try the fast ways of computing on a tiny batch, and set `model.packed` by what comes out.
+    """Compute a tiny batch in our fast ways and in plain ones, and set `model.packed` by whether they agree.
 
     openai-gpt, whose forward is our own, is tried for finite numbers only.
 
@@ -463,27 +463,29 @@ def probe(model: DialogModel) -> None:
     if reason:
         model.packed = False
         log.info(f"{kind}: packed rows are not exact for it ({reason}); using padded rows, which are slower")
-    row = batch.input_ids[:1, :6]
-    logits = model.lm(input_ids=row, use_cache=False).logits
-    if not same_numbers(model.lm_logits(model.body(input_ids=row, use_cache=False)[0]), logits):
+    row = {"input_ids": batch.input_ids[:1, :6], "use_cache": False}
+    if not same_numbers(model.lm_logits(model.body(**row)[0]), model.lm(**row).logits):
         raise UserError(
             f"{kind} changes its logits after the LM head in a way this toolkit does not know; use another model"
         )
 
 
 def packing_fault(model: DialogModel, batch: Batch, padded: Tensor) -> str:
-    """Why packed rows or a key-value cache do not give the hidden states of padded rows (B, T, D); empty if they do."""
+    """Why packed rows, whole or with a key-value cache, do not give the hidden states of padded rows (B, T, D).
+
+    Empty if they do.
+    """
     # GPT-Neo's local layers look back a number of columns along the row: too many for a tiny batch to show it.
     if "local" in getattr(model.lm.config, "attention_layers", ()):
         return "its layers are local"
-    real, cache, steps = batch.segments >= 0, DynamicCache(), []
-    causal = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    visible, cache, parts = packed_visibility(batch.segments), DynamicCache(), []
     try:
-        packed = model._hidden_packed(batch)
-        for new in (slice(0, 4), slice(4, 5), slice(5, 6)):  # the first row's prefix, its last tokens one by one
-            inputs = (columns[:1, new] for columns in (batch.input_ids, batch.token_types, batch.positions))
-            steps.append(model.run_body(*inputs, causal[:, new, : new.stop], cache=cache))
+        whole = model._hidden_packed(batch)
+        for columns in (slice(0, 4), slice(4, 5), slice(5, visible.shape[1])):  # one of them a single new token
+            inputs = (rows[:, columns] for rows in (batch.input_ids, batch.token_types, batch.positions))
+            parts.append(model.run_body(*inputs, visible[:, columns, : columns.stop], cache=cache))
     except Exception as error:  # an architecture may refuse a 4D mask, positions or a cache in its own way
         return first_line(error)
-    same = same_numbers(packed[real], padded[real]) and same_numbers(torch.cat(steps, dim=1), padded[:1, :6])
-    return "" if same else "hidden states differ"
+    real, cached = batch.segments >= 0, torch.cat(parts, dim=1)
+    exact = same_numbers(whole[real], padded[real]) and same_numbers(cached[real], padded[real])
+    return "" if exact else "hidden states differ"

@@ -22,20 +22,20 @@ def measure(bench: Bench) -> list[Row]:
         plain.reply(bench.reference, instances, middle, decoding, torch.Generator().manual_seed(0))
 
     plain_rate = TOKENS / seconds(plain_reply)
-    whole, behind, batched, shares = {}, {}, {}, {}
+    whole, after_first, batched, shares = {}, {}, {}, {}
     bandwidth = read_bandwidth(bench.device)
     for name, model in bench.models.items():
         steps(model, prefix, decoding, 1)  # warm up
         first, rest = min((steps(model, prefix, decoding, 1) for _ in range(5)), key=sum)
-        whole[name], behind[name] = TOKENS / (first + rest), (TOKENS - 1) / rest
+        whole[name], after_first[name] = TOKENS / (first + rest), (TOKENS - 1) / rest
         rest_of_batch = min(steps(model, prefix, decoding, BATCH)[1] for _ in range(2))
-        batched[name] = BATCH * (TOKENS - 1) / rest_of_batch / behind[name]
+        batched[name] = BATCH * (TOKENS - 1) / rest_of_batch / after_first[name]
         weights = sum(weight.numel() for weight in bench.model.parameters()) * (2 if name == "bf16" else 4)
-        shares[name] = behind[name] * weights / bandwidth
+        shares[name] = after_first[name] * weights / bandwidth
     return [
         Row("one reply of 20 tokens", "tokens/s", whole, plain_rate, "30x / 70x"),
-        Row("one reply, behind its first token", "tokens/s", behind, plain_rate),
-        Row("32 replies at once against one, behind the first token", "times", batched, must="8"),
+        Row("one reply, after its first token", "tokens/s", after_first, plain_rate),
+        Row("32 replies at once against one, after the first token", "times", batched, must="8"),
         Row("one reply against reading the weights once a token", "share", shares, must="- / 0.4"),
     ]
 
@@ -44,5 +44,5 @@ def measure(bench: Bench) -> list[Row]:
 def steps(model: DialogModel, prefix, decoding: Decoding, batch: int) -> tuple[float, float]:
     """Seconds to the first token, prefix included, and from there to the last."""
     generators = [torch.Generator().manual_seed(row) for row in range(batch)]
-    columns = iter(Generation(model, [prefix] * batch, decoding, generators))
-    return seconds(next, columns), seconds(list, columns)
+    drawing = iter(Generation(model, [prefix] * batch, decoding, generators))
+    return seconds(next, drawing), seconds(list, drawing)

@@ -70,7 +70,7 @@ def loss(plain: OpenAIGPTDoubleHeadsModel, instances: list[Instance], width: int
 
 
 def next_logits(plain: OpenAIGPTDoubleHeadsModel, tokens: list[int], types: list[int]) -> torch.Tensor:
-    """Logits (V,) behind one row, which is computed whole each time."""
+    """Logits (V,) after one row, which is computed whole each time."""
     ids, token_types = torch.tensor([tokens, types], device=plain.device)
     ends = torch.tensor([[len(tokens) - 1]], device=plain.device)
     return plain(ids[None, None], token_type_ids=token_types[None, None], mc_token_ids=ends).logits[0, 0, -1]
@@ -92,13 +92,13 @@ def reply(
     """A sampled reply, token by token."""
     ids = instances.ids
     (tokens, types), _ = instances.prefix(index, decoding.max_length)
-    found: list[int] = []
-    while len(found) < decoding.max_length:
-        logits = next_logits(plain, tokens + found, types + [ids.speaker1] * len(found))[None]
-        if len(found) < decoding.min_length:
+    drawn: list[int] = []
+    while len(drawn) < decoding.max_length:
+        logits = next_logits(plain, tokens + drawn, types + [ids.speaker1] * len(drawn))[None]
+        if len(drawn) < decoding.min_length:
             logits[:, sorted(ids.all)] = float("-inf")
         token = int(draw(filtered_probabilities(logits, decoding), [generator]))
         if token in ids.all:
             break
-        found.append(token)
-    return found
+        drawn.append(token)
+    return drawn

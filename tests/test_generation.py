@@ -91,7 +91,7 @@ def test_hidden_states_of_each_added_token(loaded):
     ids = tokenizer.ids
     prefixes = make_prefixes(ids)
     added = torch.randint(10, 200, (5, len(prefixes))).tolist()
-    advance = DecodeState(model, 4, 12 + 5).append if model.packed else partial(last_hidden, model)
+    advance = DecodeState(model, 4, 12 + 5).extend_to if model.packed else partial(last_hidden, model)
     rows = [list(zip(*prefix, strict=True)) for prefix in prefixes]
     with torch.no_grad():
         found = [advance(rows)]
@@ -112,13 +112,13 @@ def test_rows_may_get_tokens_at_different_times(loaded):
     more = [list(zip(*prefix, strict=True)) for prefix in make_prefixes(tokenizer.ids, [2, 3, 1])]
     state = DecodeState(model, 3, 20)
     with torch.no_grad():
-        state.append(rows)
+        state.extend_to(rows)
         rows[1] = rows[1] + more[1]
-        state.append(rows)  # nothing is new in the others
+        state.extend_to(rows)  # nothing is new in the others
         rows[0], rows[2] = rows[0] + more[0], rows[2] + more[2]
-        hidden = state.append(rows)
+        hidden = state.extend_to(rows)
         for row in (0, 2):
-            alone = DecodeState(model, 1, 20).append([rows[row]])
+            alone = DecodeState(model, 1, 20).extend_to([rows[row]])
             torch.testing.assert_close(hidden[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
