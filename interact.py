@@ -422,9 +422,11 @@ def main() -> None:
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
     threading.Thread(target=tokenizer.encode, args=(persona,)).start()
     if settings.web:
+        from endpoint import Bot
         from web import serve
 
-        serve(settings, web_settings, model, tokenizer, dialogs, persona, decoding, seed)
+        bot = Bot(settings.model, persona, decoding, settings.max_history, seed, dialogs)
+        serve(model, tokenizer, bot, web_settings)
         return
     chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not

@@ -90,7 +90,7 @@ def without_gradio() -> None:
     for name in ("gradio", "web"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__spec__ = ModuleSpec(name, None)
-    sys.modules["web"].serve = lambda settings, web, *_: print(f"http://{web.host}:{web.port}")
+    sys.modules["web"].serve = lambda model, tokenizer, bot, web: print(f"http://{web.host}:{web.port}")
 
 
 def without_atheris() -> None:
