@@ -26,6 +26,7 @@ from ignite.handlers import ProgressBar
 from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 
+from card import describe
 from cli import (
     DatasetSettings,
     Decoding,
@@ -45,7 +46,6 @@ from learner import Learner, LearningSettings, StepSampler, Stopped, collate_ste
 from runs import (
     RUNS,
     Progress,
-    describe,
     launcher,
     new_run_folder,
     newest_checkpoint,

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
+import card
 import runs
 import train
 from cli import Decoding, UserError, log
@@ -167,7 +168,7 @@ def test_model_card(run, monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "openai-gpt"])
 def test_code_of_the_card_gives_the_reply_of_the_toolkit(kind, dialog_model, load, monkeypatch):
     monkeypatch.chdir(dialog_model(kind))
-    code, shown = runs.CARD.split("```python\n")[1].split("```")[0], io.StringIO()
+    code, shown = card.CARD.split("```python\n")[1].split("```")[0], io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(code, {})
     model, tokenizer = load(Path("."), pre_tokenizer="basic" if kind == "openai-gpt" else None)
@@ -208,7 +209,7 @@ def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps(skipped)]))
     first = [record for record in records(run[0]) if "nll" in record][1]
     best, command = (first["hits@1"], -first["nll"]), train.training_command(settings)
-    runs.describe(tmp_path, tmp_path, best, settings, command, "spacy")
+    card.describe(tmp_path, tmp_path, best, settings, command, "spacy")
     loaded, _, table = card_of(tmp_path)
     assert loaded.data.base_model == "openai-community/openai-gpt" and loaded.data.language == "en"
     assert loaded.data.eval_results[0].dataset_name == "PersonaChat" and "do n't" in loaded.text
