@@ -1,15 +1,10 @@
 """Evaluate a model as the ConvAI2 competition did: Hits@1, word perplexity and F1, without ParlAI."""
 
 import json
-import math
 import platform
-import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import NamedTuple
 
 import ignite.distributed as idist
 import numpy as np
@@ -22,15 +17,15 @@ from cli import DatasetSettings, Decoding, Parser, UserError, join_processes, lo
 from dialogs import Dialogs
 from files import find_finetuned_model, typed_path
 from inputs import Instances, batches_by_length
+from metrics import Spelling, WordModel, perplexity, ranking_figures, reply_figures
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
 
-# Published figures, for context: (Hits@1 in %, word PPL, F1 in %).
+# Published figures, for context: (Hits@1 in %, PPL per word by the original toolkit's table, F1 in %).
 ANCHORS = {
     "TransferTransfo, hidden test set (competition leaderboard)": ("80.7", "16.28", "19.5"),
     "original README, validation set": ("> 79", "20.5", "16.5"),
     "published checkpoint, validation set": ("71.5", "-", "-"),
 }
-TIE = 1e-5  # scores this close are equal: what differs is rounding, which depends on a candidate's place in its row
 GENERATION_BATCH = 8  # a generated row has one continuation where a scored one has twenty: it takes more of them
 
 
@@ -51,109 +46,6 @@ def parse_settings() -> tuple[EvaluationSettings, Decoding]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Text metrics, as ParlAI defined them
-# ------------------------------------------------------------------------------------------------------------
-
-PUNCTUATION = re.compile(r"[!\"#$%&()*+,\-./:;<=>?@\[\]\\^`{|}~_']")
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def normalize(text: str) -> str:
-    """Lower case, punctuation to spaces, articles removed, white space folded."""
-    return " ".join(ARTICLES.sub(" ", PUNCTUATION.sub(" ", text.lower())).split())
-
-
-def f1(reply: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the normalised words, as bags."""
-    found, expected = normalize(reply).split(), normalize(gold).split()
-    common = sum((Counter(found) & Counter(expected)).values())
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
-
-
-def split_words(text: str) -> list[str]:
-    """ParlAI's `split` tokenizer, lower-cased: white space, after putting spaces around . , ; : ! ?"""
-    return re.sub(r"([.,;:!?])", r" \1 ", text.lower()).split()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Word perplexity
-# ------------------------------------------------------------------------------------------------------------
-
-
-class WordPosition(NamedTuple):
-    offset: int  # of its first token among the reply's
-    word: int
-    inside: int  # 1 behind another word, 0 at the reply's start
-
-
-class Spelling(NamedTuple):
-    tokens: list[int]
-    positions: list[WordPosition]
-
-
-class WordModel:
-    """A distribution over dictionary words from one over tokens.
-
-    A word's probability is that of its first token, times its share, by frequency + 5, among the words that begin
-    with this token; normalised over the dictionary. A word's first token is another one at the start of a reply
-    than behind a word, where in byte-level vocabularies it carries the space.
-    """
-
-    SMOOTHING = 5
-    PARLAI_SPECIAL = ("__null__", "__start__", "__end__", "__unk__")
-
-    def __init__(self, splits: dict[str, Split], tokenizer: DialogTokenizer):
-        frequencies = Counter(dict.fromkeys(self.PARLAI_SPECIAL, 0))
-        for text in dictionary_texts(splits.values()):
-            frequencies.update(split_words(text))
-        self.words = list(frequencies)
-        self.number = {word: i for i, word in enumerate(self.words)}
-        smoothed = np.array([frequencies[word] for word in self.words]) + float(self.SMOOTHING)
-        self.encoders = tokenizer.encode, tokenizer.encode_inside  # of words at a reply's start, and behind a word
-        self.spellings = [encode(self.words) for encode in self.encoders]
-        self.first, self.log_share, self.first_tokens = [], [], []
-        for spelling in self.spellings:
-            first = np.array([ids[0] if ids else -1 for ids in spelling])
-            totals = np.bincount(first[first >= 0], smoothed[first >= 0])
-            share = np.where(first >= 0, smoothed / totals[first], 0)  # a word without tokens cannot be said
-            self.first.append(torch.as_tensor(first))
-            self.log_share.append(torch.as_tensor(share).log())
-            self.first_tokens.append(torch.as_tensor(np.unique(first[first >= 0])))
-        valid = splits["valid"]
-        golds = {int(valid.candidates[utterance][-1]) for utterance in range(len(valid))}
-        self.spelled = {gold: self.spell(valid.text(gold)) for gold in golds}  # by the gold reply's string number
-
-    def spell(self, text: str) -> Spelling:
-        """A reply as the tokens of its words, and where those stand that are scored: the dictionary's."""
-        tokens, positions = [], []
-        for word in split_words(text):
-            inside, number = int(bool(tokens)), self.number.get(word)
-            spelling = self.encoders[inside]([word])[0] if number is None else self.spellings[inside][number]
-            if spelling and number is not None:
-                positions.append(WordPosition(len(tokens), number, inside))
-            tokens += spelling
-        return Spelling(tokens, positions)
-
-    def log_probabilities(self, logits: torch.Tensor, words: torch.Tensor, inside: int) -> torch.Tensor:
-        """Of each row's word (K,), from the logits (K, V) at the position before it; float64, on the CPU."""
-        first_tokens = self.first_tokens[inside].to(logits.device)
-        first = self.first[inside][words].to(logits.device)
-        total = logits[:, first_tokens].cpu().double().logsumexp(-1)
-        return logits.gather(1, first[:, None])[:, 0].cpu().double() - total + self.log_share[inside][words]
-
-
-def dictionary_texts(splits: Iterable[Split]) -> Iterator[str]:
-    """What ParlAI built its dictionary from: personas, the other person's utterances and gold replies."""
-    for split in splits:
-        for sentence in split.persona.values:
-            yield f"your persona: {split.text(sentence)}"
-        for utterance in range(len(split)):
-            for string in split.history[utterance][-1:]:
-                yield split.text(string)
-            yield split.gold_text(utterance)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Passes over the split. Each rank fills the rows of its utterances; a sum over ranks completes them.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -166,12 +58,13 @@ class Results:
     nll: np.ndarray  # (U,) of the gold reply's tokens and <eos>, summed
     tokens: np.ndarray  # (U,)
     word_nll: np.ndarray  # (U,) of the gold reply's words, summed
+    original_word_nll: np.ndarray  # (U,) of the same words by the original toolkit's table
     words: np.ndarray  # (U,)
-    replies: np.ndarray  # (U, max_length) generated tokens + 1; 0 behind a reply's end
+    replies: np.ndarray  # (U, max_length) generated tokens + 1; 0 after a reply's end
 
     @classmethod
     def empty(cls, utterances: int, candidates: int, max_length: int) -> "Results":
-        columns = [np.zeros(utterances) for _ in range(4)]
+        columns = [np.zeros(utterances) for _ in range(5)]
         return cls(np.zeros((utterances, candidates)), *columns, np.zeros((utterances, max_length), np.int64))
 
 
@@ -204,23 +97,26 @@ def score(model, instances: Instances, words: WordModel | None, batch_size: int,
             bar.update(len(rows))
 
 
-def score_words(model, hidden, batch, rows: list[int], spelled: list[Spelling], words: WordModel, results) -> None:
+def score_words(model, hidden, batch, rows: list[int], spellings: list[Spelling], words: WordModel, results) -> None:
     """Word likelihoods of a batch whose instances have their gold reply's words as `extra`."""
-    room = (batch.segments == batch.n_candidates[:, None] + 1).sum(1).tolist()  # a long reply may have been cut
-    starts = batch.extra_starts.tolist()
-    before = batch.prefix_ends().tolist()  # the position that predicts a reply's first token
+    room = (batch.segments == batch.n_candidates[:, None] + 1).sum(1).tolist()  # a long reply may be truncated
+    starts, prefix_ends = batch.extra_starts.tolist(), batch.prefix_ends().tolist()
     for inside in (0, 1):
-        found = [
-            (starts[row] + position.offset - 1 if position.offset else before[row], rows[row], position.word)
-            for row, spelling in enumerate(spelled)
-            for position in spelling.positions
-            if position.inside == inside and position.offset < room[row]
+        # A reply's first token is predicted by the prefix's last, any other by the one before it.
+        scored = [
+            (starts[row] + offset - 1 if offset else prefix_ends[row], word, rows[row])
+            for row, spelling in enumerate(spellings)
+            for offset, word, is_inside in spelling.positions
+            if is_inside == inside and offset < room[row]
         ]
-        if found:
-            at, owners, numbers = map(torch.tensor, zip(*found, strict=True))
-            logits = model.lm_logits(hidden.flatten(0, 1)[at.to(hidden.device)]).float()
-            np.add.at(results.word_nll, owners.numpy(), -words.log_probabilities(logits, numbers, inside).numpy())
-            np.add.at(results.words, owners.numpy(), 1)
+        if not scored:
+            continue
+        predicting, numbers, owners = map(torch.tensor, zip(*scored, strict=True))
+        logits = model.lm_logits(hidden.flatten(0, 1)[predicting.to(hidden.device)]).float()
+        np.add.at(results.words, owners.numpy(), 1)
+        for name, tables in words.tables.items():
+            log_probabilities = tables[inside].log_probabilities(logits, numbers)
+            np.add.at(getattr(results, name), owners.numpy(), -log_probabilities.numpy())
 
 
 def generate_all(model, instances: Instances, decoding: Decoding, seed: int, batch_size: int, results: Results) -> None:
@@ -258,69 +154,6 @@ def progress(name: str, loader: DataLoader) -> tqdm:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Figures from results
-# ------------------------------------------------------------------------------------------------------------
-
-
-def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
-    """The gold reply's rank, 0 the best, among candidates whose last is gold.
-
-    Ties count against it, but not candidates with the gold reply's normalised text: ParlAI matches by text.
-    """
-    texts = [normalize(text) for text in texts]
-    gold = np.array([text == texts[-1] for text in texts])
-    return int((scores[~gold] >= scores[gold].max() - TIE).sum())
-
-
-def ranking_figures(results: Results, split: Split) -> tuple[dict[str, float], list[int]]:
-    """Hits@k, and each gold reply's rank; `results.scores` are evened out where candidates have the same tokens."""
-    ranks = []
-    for utterance, scores in enumerate(results.scores):
-        same: dict[tuple, int] = {}  # the scores of equal tokens differ by rounding alone, which is coarse in bf16
-        for n, candidate in enumerate(split.candidates[utterance]):
-            scores[n] = scores[same.setdefault(tuple(split.ids(candidate)), n)]
-        texts = split.candidate_texts(utterance)
-        ranks.append(gold_rank(scores[: len(texts)], texts))
-    return {f"hits@{k}": float(np.mean(np.array(ranks) < k)) for k in (1, 5, 10)}, ranks
-
-
-def perplexity_figures(results: Results) -> dict[str, float]:
-    """Word and token perplexity: exp of the summed negative log-likelihood over the count."""
-    words, tokens = results.words.sum(), results.tokens.sum()
-    return {
-        "word_ppl": math.exp(min(results.word_nll.sum() / words, 700)) if words else float("nan"),
-        "token_ppl": math.exp(min(results.nll.sum() / tokens, 700)),
-        "words": int(words),
-        "tokens": int(tokens),
-    }
-
-
-def reply_figures(replies: list[str], split: Split) -> dict[str, float]:
-    """F1, and what a person would notice of the replies."""
-    words = [normalize(reply).split() for reply in replies]
-    grams = {n: [gram for reply in words for gram in ngrams(reply, n)] for n in (1, 2)}
-    repeats = {"repeats_utterance": 0, "repeats_history_3gram": 0, "repeats_persona": 0}
-    for utterance, reply in enumerate(words):
-        history = [normalize(text).split() for text in split.history_texts(utterance)]
-        said = {gram for text in history for gram in ngrams(text, 3)}
-        persona = [normalize(text).split() for text in split.persona_texts(utterance)]
-        repeats["repeats_utterance"] += bool(reply) and reply in history
-        repeats["repeats_history_3gram"] += not said.isdisjoint(ngrams(reply, 3))
-        repeats["repeats_persona"] += any(text and tuple(text) in ngrams(reply, len(text)) for text in persona)
-    return {
-        "f1": float(np.mean([f1(reply, split.gold_text(i)) for i, reply in enumerate(replies)])),
-        "mean_length": float(np.mean([len(reply) for reply in words])),
-        "distinct_1": len(set(grams[1])) / max(1, len(grams[1])),
-        "distinct_2": len(set(grams[2])) / max(1, len(grams[2])),
-        "questions": float(np.mean([reply.rstrip().endswith("?") for reply in replies])),
-    } | {name: count / len(replies) for name, count in repeats.items()}
-
-
-def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The report
 # ------------------------------------------------------------------------------------------------------------
 
@@ -328,8 +161,9 @@ NAMES = {
     "hits@1": "Hits@1",
     "hits@5": "Hits@5",
     "hits@10": "Hits@10",
-    "word_ppl": "PPL per word (the competition's)",
-    "token_ppl": "PPL per token (the trainer's)",
+    "original_word_ppl": "PPL per word, original toolkit's table",
+    "word_ppl": "PPL per word, the reply's own tokens",
+    "token_ppl": "PPL per token",
     "f1": "F1",
     "mean_length": "words per reply",
     "distinct_1": "distinct words",
@@ -344,17 +178,17 @@ NAMES = {
 def print_table(figures: dict[str, float]) -> None:
     """This model's figures beside the published ones."""
     width = max(map(len, NAMES.values()))
-    columns = {"hits@1": 0, "word_ppl": 1, "f1": 2}
+    columns = {"hits@1": 0, "original_word_ppl": 1, "f1": 2}
     print(f"\n{'metric':{width}}  this model   " + "  ".join(f"({i})" for i in range(1, len(ANCHORS) + 1)))
     for key in [key for key in NAMES if key in figures]:
         value, anchors = figures[key], [""] * len(ANCHORS)
         if key in columns:
             anchors = [published[columns[key]] for published in ANCHORS.values()]
-        percent = key not in ("word_ppl", "token_ppl", "mean_length")
+        percent = key not in ("original_word_ppl", "word_ppl", "token_ppl", "mean_length")
         shown = f"{100 * value:9.1f} %" if percent else f"{value:9.2f}  "
         print(f"{NAMES[key]:{width}}  {shown}  " + " ".join(f"{anchor:>5}" for anchor in anchors))
     for i, name in enumerate(ANCHORS, 1):
-        print(f"({i}) {name}; PPL per word")
+        print(f"({i}) {name}")
     print()
 
 
@@ -421,10 +255,17 @@ def evaluate(
 
     figures, ranks, replies = {"utterances": size}, [], []
     if "hits@1" in wanted:
-        hits, ranks = ranking_figures(results, split)
+        hits, ranks = ranking_figures(results.scores, split)
         figures |= hits
     if words:
-        figures |= perplexity_figures(results) | {"dictionary": len(words.words)}
+        figures |= {
+            "word_ppl": perplexity(results.word_nll, results.words),
+            "original_word_ppl": perplexity(results.original_word_nll, results.words),
+            "token_ppl": perplexity(results.nll, results.tokens),
+            "words": int(results.words.sum()),
+            "tokens": int(results.tokens.sum()),
+            "dictionary": len(words.words),
+        }
     if "f1" in wanted:
         replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
         figures |= reply_figures(replies, split)
@@ -438,8 +279,8 @@ def report(
     print_table(figures)
     if "hits@1" in figures:
         print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
-    if "word_ppl" in figures:
-        print(f"FINAL PPL: {figures['word_ppl']:.1f}")
+    if "original_word_ppl" in figures:
+        print(f"FINAL PPL: {figures['original_word_ppl']:.1f}")
     if "f1" in figures:
         print(f"FINAL F1: {figures['f1']:.3f}")
     if settings.output:

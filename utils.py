@@ -95,6 +95,20 @@ class DialogTokenizer:
         before = self.encode(["a"])[0]
         return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
 
+    def first_bare_token(self, word: str) -> int:
+        """The first token of a word that BPE merges as it stands, not split before; -1 where there is none.
+
+        It need not be the first that `encode` gives: openai-gpt has a token "i'm", which no text comes to.
+        """
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            return next(iter(self.encode([word])[0]), -1)
+        first = next(iter(backend.model.tokenize(word)), None)
+        if first is not None and word.startswith(first.value.removesuffix("</w>")):
+            return first.id
+        unknown = self.hf.unk_token_id  # tokenizers skips what a vocabulary without it lacks
+        return -1 if unknown is None else unknown
+
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens and control characters."""
         return detokenize(self._raw(ids))

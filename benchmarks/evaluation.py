@@ -12,13 +12,14 @@ import convai_evaluation as evaluation
 from benchmarks import plain
 from benchmarks.common import Bench, Row, parse_options, seconds, table
 from generation import Decoding
+from metrics import WordModel
 from model import DialogModel
 
 PLAIN, OURS = 2, 64  # replies that each way evaluates
 
 
 def measure(bench: Bench) -> list[Row]:
-    words = evaluation.WordModel(bench.splits, bench.tokenizer)
+    words = WordModel(bench.splits, bench.tokenizer)
     extras = {gold: spelling.tokens for gold, spelling in words.spelled.items()}
     ranking, wording = bench.instances("valid"), bench.instances("valid", num_candidates=1, extras=extras)
     split, ids = bench.splits["valid"], bench.ids

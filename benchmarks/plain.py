@@ -7,9 +7,9 @@ full LM logits in its default attention; nothing is cached or batched when gener
 import torch
 from transformers import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
 
-from convai_evaluation import WordModel
 from generation import Decoding, draw, filtered_probabilities
 from inputs import Instance, Instances
+from metrics import WordModel
 from model import DialogModel, OpenAIGPTLMHeadModel, with_choice_head
 from utils import DialogTokenizer, SpecialIds
 
@@ -82,7 +82,8 @@ def word_nll(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, words: WordMo
     for offset, word, inside in words.spelled[gold].positions:
         tokens = instance.prefix + instance.extra[:offset]
         logits = next_logits(plain, tokens, instance.token_types + [speaker] * offset)
-        total -= float(words.log_probabilities(logits[None], torch.tensor([word]), inside))
+        table = words.tables["word_nll"][inside]
+        total -= float(table.log_probabilities(logits[None], torch.tensor([word])))
     return total
 
 

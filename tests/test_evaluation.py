@@ -16,21 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import convai_evaluation
-from convai_evaluation import (
-    WordModel,
-    evaluate,
-    f1,
-    gold_rank,
-    main,
-    normalize,
-    parse_settings,
-    ranking_figures,
-    reply_figures,
-    split_words,
-)
+from convai_evaluation import evaluate, main, parse_settings
 from dialogs import Dialogs
 from helpers import run_python
 from inputs import Instances, batches_by_length, collate
+from metrics import WordModel, f1, gold_rank, normalize, ranking_figures, reply_figures, split_words
 from utils import load_dataset
 
 KINDS = ("openai-gpt", "gpt2", "llama")
@@ -56,7 +46,7 @@ SAID = [
 WRONG = ["what do you do ?", "no", "i love to eat fish .", "my brother drives a red car ."]
 TRAIN = [
     dialog(["i work as a cook .", "i love fish ."], (["hi there , you"], ["unseen", "i work , and i love to work ."])),
-    dialog([], ([], ["zebra", "hello , how are you ?"])),
+    dialog([], ([], ["zebra", "hello , how are you ? i'm in Zürich , and my sister is ."])),
 ]
 ORDINARY = dialog(
     ["i have three dogs .", "my favorite color is green ."],
@@ -141,15 +131,34 @@ def parlai_words(text: str) -> list[str]:
     return text.lower().split()
 
 
+SPECIAL = {"__null__": 1000000003, "__start__": 1000000002, "__end__": 1000000001, "__unk__": 1000000000}
+
+
 def count_words(data: dict) -> Counter:
-    counts = Counter({"__null__": 0, "__start__": 0, "__end__": 0, "__unk__": 0})
-    for each in [*data["train"], *data["valid"]]:
-        for line in each["personality"]:
-            counts.update(parlai_words("your persona: " + line))
-        for utterance in each["utterances"]:
-            for text in [*utterance["history"][-1:], utterance["candidates"][-1]]:
-                counts.update(parlai_words(text))
+    """ParlAI's dictionary. A reply to nothing answers __SILENCE__ in its files; replies to validate on are hidden."""
+    counts = Counter(dict.fromkeys(SPECIAL, 0))
+    for split in ("train", "valid"):
+        for each in data[split]:
+            for line in each["personality"]:
+                counts.update(parlai_words("your persona: " + line))
+            for utterance in each["utterances"]:
+                counts.update(parlai_words((utterance["history"] or ["__SILENCE__"])[-1]))
+                if split == "train":
+                    counts.update(parlai_words(utterance["candidates"][-1]))
     return counts
+
+
+def bare_bpe(folder: Path, word: str) -> int:
+    """The first token of a word by BPE alone: of all pairs that may be merged, the first in the list of merges is."""
+    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
+    order = {tuple(pair): place for place, pair in enumerate(bpe["merges"])}
+    pieces = [*word[:-1], word[-1] + (bpe["end_of_word_suffix"] or "")]
+    while len(pieces) > 1:
+        place, i = min((order.get(pair, math.inf), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)))
+        if place == math.inf:
+            break
+        pieces[i : i + 2] = ["".join(pieces[i : i + 2])]
+    return bpe["vocab"].get(pieces[0], bpe["vocab"].get("<unk>"))
 
 
 class Slow:
@@ -157,15 +166,15 @@ class Slow:
 
     Args:
         counts: the dictionary with its frequencies.
-        bare: take a word's first token always as at a reply's start, as the original did.
     """
 
-    def __init__(self, folder: Path, tokenizer, counts: Counter, bare: bool = False):
+    def __init__(self, folder: Path, tokenizer, counts: Counter):
         self.lm = AutoModelForCausalLM.from_pretrained(folder).eval()
         weights = load_file(folder / "model.safetensors")
         self.summary = weights["multiple_choice_head.summary.weight"][0], weights["multiple_choice_head.summary.bias"]
         self.ids, self.encode_all, self.decode = tokenizer.ids, tokenizer.encode, tokenizer.decode
-        self.counts, self.bare, self.firsts = counts, bare, {}
+        self.counts, self.firsts = counts, {}
+        self.bare = {word: bare_bpe(folder, word) for word in counts}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_all([text])[0]
@@ -199,18 +208,21 @@ class Slow:
             self.firsts[before] = {word: ids[0] for word, ids in tails.items() if ids}
         return self.firsts[before]
 
-    def word_nll(self, prefix, reply: str) -> list[float]:
-        found, words = [], parlai_words(reply)
+    def word_nll(self, prefix, reply: str, original: bool = False) -> list[float]:
+        """original: by the original toolkit's word table."""
+        found, words, counts = [], parlai_words(reply), self.counts
+        if original:
+            counts = self.counts | SPECIAL
         for i, word in enumerate(words):
             if word not in self.counts:
                 continue
             before = " ".join(words[:i])
-            first = self.first_tokens("" if self.bare else before)
+            first = self.bare if original else self.first_tokens(before)
             total = Counter()
             for other, token in first.items():
-                total[token] += self.counts[other] + 5
+                total[token] += counts[other] + 5
             p = self.ask(prefix, self.encode(before))[0][-1].softmax(-1).tolist()
-            said = {other: p[token] * (self.counts[other] + 5) / total[token] for other, token in first.items()}
+            said = {other: p[token] * (counts[other] + 5) / total[token] for other, token in first.items()}
             found.append(-math.log(said[word] / sum(said.values())))
         return found
 
@@ -321,9 +333,12 @@ def test_words(text: str, expected: list[str]) -> None:
         ([5.0], ["x"], 0),
         ([1.0, 2.0], ["x", "gold"], 0),
         ([2.0, 1.0], ["x", "gold"], 1),
-        ([1.0, 1.0], ["x", "gold"], 1),  # a tie counts against
+        ([1.0, 1.0], ["x", "gold"], 1),  # a tie keeps the order of the candidates
         ([1.0, 1.0, 2.0, 1.0], ["x", "y", "z", "gold"], 3),
-        ([1.0, 1.0], ["The GOLD !", "gold."], 0),  # but not one with the same text
+        ([1.0, 1.0 + 1e-9], ["x", "gold"], 0),  # nearly the same is not the same
+        ([1.0, 1.0], ["The GOLD !", "gold."], 0),  # either is the gold reply
+        ([1.0, 1.0, 1.0], ["Gold.", "x", "gold"], 0),
+        ([1.0, 1.0, 1.0], ["x", "Gold.", "gold"], 1),
         ([3.0, 2.0, 1.0], ["Gold.", "x", "gold"], 0),  # ParlAI matches by text: the first hit is the gold reply
         ([3.0, 4.0, 1.0], ["Gold.", "x", "gold"], 1),
         ([0.0, 0.0, 3.0], ["Gold", "golden", "gold"], 0),
@@ -338,7 +353,10 @@ def test_rank(scores: list[float], texts: list[str], expected: int) -> None:
 
 
 class Letters:
-    """A stand-in for a tokenizer whose tokens are letters; inside a reply they are other tokens."""
+    """A stand-in for a tokenizer whose tokens are letters; inside a reply they are other tokens.
+
+    Words merged as they stand begin with their last letter.
+    """
 
     def encode(self, words: list[str]) -> list[list[int]]:
         return [[ord(letter) for letter in word] for word in words]
@@ -346,30 +364,40 @@ class Letters:
     def encode_inside(self, words: list[str]) -> list[list[int]]:
         return [[ord(letter) + 128 for letter in word] for word in words]
 
+    def first_bare_token(self, word: str) -> int:
+        return ord(word[-1])
+
 
 def test_dictionary_and_its_distribution(dialog_model, load, splits_of) -> None:
     """Counts and probabilities by hand.
 
-    The dictionary: your 1, persona 1, : 2, a 1, cat 4, car 2, cup 1, ? 1 and four special entries with 0. "dog" and
-    "bird" are distractors; the persona counts once for its dialog, every turn once.
+    The dictionary: your 1, persona 1, : 2, a 1, cat 4, car 2, cup 1, ? 1, __silence__ 1 and four special entries with
+    0. "dog" and "bird" are distractors, "cow" is a reply to validate on; the persona counts once for its dialog, every
+    turn once.
     """
-    train = dialog(["a cat"], (["Cat: car"], ["dog", "car"]), (["Cat: car", "car", "cup?"], ["dog", "CAT"]))
-    data = {"train": [train], "valid": [dialog([], ([], ["bird", "cat"]))]}
+    train = dialog(["a cat"], (["Cat: car"], ["dog", "car"]), (["Cat: car", "car", "cup?"], ["dog", "CAT cat"]))
+    data = {"train": [train], "valid": [dialog([], ([], ["bird", "cat cow"]))]}
     words = WordModel(splits_of(data, load(dialog_model("gpt2"))[1]), Letters())
-    special = ["__null__", "__start__", "__end__", "__unk__"]
-    assert sorted(words.words) == sorted(["your", "persona", ":", "a", "cat", "car", "cup", "?", *special])
+    counted = ["your", "persona", ":", "a", "cat", "car", "cup", "?", "__silence__"]
+    assert sorted(words.words) == sorted([*counted, *SPECIAL])
+    (spelling,) = words.spelled.values()
+    assert [(p.offset, words.words[p.word], p.inside) for p in spelling.positions] == [(0, "cat", 0)]
     odds = dict.fromkeys("yp:a?_", 1.0) | {"c": 4.0, "z": 50.0}  # no word begins with z: it has no part in the 10
-    shares = {"cat": 0.4 * 9 / 22, "car": 0.4 * 7 / 22, "cup": 0.4 * 6 / 22, "__unk__": 0.1 / 4, ":": 0.1}
-    for inside in (0, 1):
+    shares = {"cat": 0.4 * 9 / 22, "car": 0.4 * 7 / 22, "cup": 0.4 * 6 / 22, "__unk__": 0.1 * 5 / 26, ":": 0.1}
+    odds_of_last = {"r": 3.0, "a": 1.0, ":": 1.0, "t": 2.0, "p": 1.0, "?": 1.0, "_": 1.0, "z": 50.0}
+    billions = 4_000_000_006 + 5 * 4
+    original = {"your": 0.3 * 6 / 13, "car": 0.3 * 7 / 13, "cat": 0.2, "__silence__": 0.1 * 6 / (billions + 6)}
+    tables = [("word_nll", inside, odds, shares) for inside in (0, 1)]
+    tables += [("original_word_nll", inside, odds_of_last, original) for inside in (0, 1)]
+    for name, inside, odds, expected in tables:
         logits = torch.full((256,), 3.0)  # nor have these
         for letter, odd in odds.items():
-            logits[ord(letter) + 128 * inside] = math.log(odd)
+            logits[ord(letter) + 128 * (inside and name == "word_nll")] = math.log(odd)
 
-        def probability(word: str, logits=logits, inside=inside) -> float:
-            number = torch.tensor([words.words.index(word)])
-            return words.log_probabilities(logits[None], number, inside).exp().item()
+        def probability(word: str, logits=logits, table=words.tables[name][inside]) -> float:
+            return table.log_probabilities(logits[None], torch.tensor([words.words.index(word)])).exp().item()
 
-        assert {word: probability(word) for word in shares} == pytest.approx(shares)
+        assert {word: probability(word) for word in expected} == pytest.approx(expected)
         assert sum(map(probability, words.words)) == pytest.approx(1)
 
 
@@ -408,7 +436,9 @@ def test_every_figure_is_the_references(kind: str, dialog_model, run) -> None:
     slow = Slow(dialog_model(kind), found.tokenizer, counts)
     rows = rows_of(slow, DATA, found.split)
     golds = [candidates[-1] for _, candidates in rows]
-    word_nll = [slow.word_nll(prefix, candidates[-1]) for prefix, candidates in rows]
+    word_nll, original = (
+        [slow.word_nll(prefix, candidates[-1], table) for prefix, candidates in rows] for table in (False, True)
+    )
     token_nll = [slow.token_nll(prefix, candidates[-1]) for prefix, candidates in rows]
     ranks = [slow.rank(*row) for row in rows]
     replies = [slow.reply(prefix) for prefix, _ in rows]
@@ -425,22 +455,19 @@ def test_every_figure_is_the_references(kind: str, dialog_model, run) -> None:
     assert {name: found.figures[name] for name in expected} == pytest.approx(expected)
     assert found.figures["token_ppl"] == pytest.approx(perplexity(token_nll), rel=1e-4)
     assert found.figures["word_ppl"] == pytest.approx(perplexity(word_nll), rel=1e-4)
+    assert found.figures["original_word_ppl"] == pytest.approx(perplexity(original), rel=1e-4)
 
 
-def test_words_outside_the_dictionary_are_context_and_not_scored(dialog_model, run, monkeypatch) -> None:
-    unknown = {"fine", "do", "teach", "well", "ann"}
-    real = convai_evaluation.dictionary_texts
-
-    def without_unknown(splits):
-        for text in real(splits):
-            yield " ".join(word for word in parlai_words(text) if word not in unknown)
-
-    monkeypatch.setattr(convai_evaluation, "dictionary_texts", without_unknown)
+def test_words_outside_the_dictionary_are_context_and_not_scored(dialog_model, run) -> None:
     found = run(dialog_model("gpt2"), DATA, "--eval_type", "ppl")
-    counts = Counter({word: count for word, count in count_words(DATA).items() if word not in unknown})
+    counts = count_words(DATA)
     slow = Slow(dialog_model("gpt2"), found.tokenizer, counts)
-    expected = [slow.word_nll(prefix, candidates[-1]) for prefix, candidates in rows_of(slow, DATA, found.split)]
-    assert found.figures["words"] == sum(map(len, expected))
+    rows = rows_of(slow, DATA, found.split)
+    words = [word for _, candidates in rows for word in parlai_words(candidates[-1])]
+    unknown = [word for word in words if word not in counts]
+    assert {"fine", "cats", "☃"} <= set(unknown) and "sister" not in unknown
+    assert found.figures["words"] == len(words) - len(unknown)
+    expected = [slow.word_nll(prefix, candidates[-1]) for prefix, candidates in rows]
     assert found.figures["word_ppl"] == pytest.approx(perplexity(expected), rel=1e-4)
 
 
@@ -460,10 +487,13 @@ def test_a_word_inside_a_reply_begins_with_its_space(kind: str, tiny, load, run,
     tokenizer.save(tmp_path)
 
     found = run(tmp_path, data, "--eval_type", "ppl")
-    ours, bare = (Slow(tmp_path, found.tokenizer, count_words(data), bare=bare) for bare in (False, True))
-    rows = rows_of(ours, data, found.split)
-    right, wrong = (perplexity([slow.word_nll(prefix, texts[-1]) for prefix, texts in rows]) for slow in (ours, bare))
+    slow = Slow(tmp_path, found.tokenizer, count_words(data))
+    right, wrong = (
+        perplexity([slow.word_nll(prefix, texts[-1], table) for prefix, texts in rows_of(slow, data, found.split)])
+        for table in (False, True)
+    )
     assert found.figures["word_ppl"] == pytest.approx(right, rel=1e-4)
+    assert found.figures["original_word_ppl"] == pytest.approx(wrong, rel=1e-4)
     assert right < 10 and wrong > 5 * right
 
 
@@ -505,7 +535,7 @@ def test_a_tie_is_one_in_coarse_arithmetic_too(dialog_model, run) -> None:
     utterances = [([turn], ["the snow ☂", "no .", "the snow ☃"]) for turn in ("hi", "hello")]
     found = run(dialog_model("openai-gpt"), {"train": [], "valid": [dialog([], *utterances)]})
     found.results.scores[:] = [[2.0, 1.0, 2.0078125], [1.0, 2.0, 0.9921875]]  # bf16 rounds to such steps
-    assert ranking_figures(found.results, found.split)[1] == [1, 2]
+    assert ranking_figures(found.results.scores, found.split)[1] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -600,7 +630,7 @@ def test_a_reply_ends_where_the_model_does(kind: str, sentences: int, arguments:
 def final_lines(figures: dict[str, float]) -> list[str]:
     lines = {
         "hits@1": ("FINAL Hits@1: {:.3f}", r"FINAL Hits@1: [01]\.\d{3}"),
-        "word_ppl": ("FINAL PPL: {:.1f}", r"FINAL PPL: \d+\.\d"),
+        "original_word_ppl": ("FINAL PPL: {:.1f}", r"FINAL PPL: \d+\.\d"),
         "f1": ("FINAL F1: {:.3f}", r"FINAL F1: [01]\.\d{3}"),
     }
     found = [(line.format(figures[key]), pattern) for key, (line, pattern) in lines.items() if key in figures]
@@ -647,7 +677,10 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     noticed = {"mean_length", "distinct_1", "distinct_2", "questions"}
     noticed |= {"repeats_utterance", "repeats_history_3gram", "repeats_persona"}
     counts = {"utterances", "words", "tokens", "dictionary"}
-    assert figures.keys() == {"hits@1", "hits@5", "hits@10", "word_ppl", "token_ppl", "f1"} | noticed | counts
+    assert (
+        figures.keys()
+        == {"hits@1", "hits@5", "hits@10", "word_ppl", "original_word_ppl", "token_ppl", "f1"} | noticed | counts
+    )
     assert figures["utterances"] == 8
     expected = {"limit": 8, "top_k": 7, "seed": 5, "eval_type": "all", "model": str(dialog_model("gpt2"))}
     assert report["settings"] == report["settings"] | expected

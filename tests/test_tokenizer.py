@@ -12,7 +12,7 @@ from utils import DialogTokenizer, detokenize, learn_bpe, load_config_dict, load
 
 OURS = ["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]
 CHARACTERS = string.ascii_lowercase + string.digits + "é'<>?!.,-"
-WHOLE_WORDS = ["do", "don", "n't", "ca", "can", "'m", "eos"]  # the words that the merges put together
+WHOLE_WORDS = ["i'm", "do", "don", "n't", "ca", "can", "'m", "eos"]  # the words that the merges put together
 
 
 def write_openai_gpt(folder: Path) -> Path:
@@ -174,6 +174,22 @@ def test_words_behind_another_one_carry_their_space_where_a_vocabulary_has_it(fo
     for name, tokenizer in openai_gpt_and_learned(folder).items():
         inside = [tokenizer.hf.decode(ids) for ids in tokenizer.encode_inside(["hello", "do", "?"])]
         assert inside == ([" hello", " do", " ?"] if name == "learned" else ["hello", "do", "?"])
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["spacy", "basic"])
+def test_a_word_that_is_merged_as_it_stands_may_begin_with_another_token(pre_tokenizer, folder):
+    """As in the original toolkit's word table, which looks for "i'm" where no text has it."""
+    tokenizer = load(folder, pre_tokenizer)
+    first = {word: tokenizer.hf.convert_ids_to_tokens(tokenizer.first_bare_token(word)) for word in ("i'm", "i", "ix")}
+    assert first == {"i'm": "i'm</w>", "i": "i</w>", "ix": "i"}
+    assert words(tokenizer, "i'm")[0] == "i"
+    assert [tokenizer.first_bare_token(word) for word in ("☃", "☃i")] == [tokenizer.hf.unk_token_id] * 2
+
+
+def test_a_bare_word_of_a_vocabulary_with_bytes_has_no_space(folder):
+    tokenizer = openai_gpt_and_learned(folder)["learned"]
+    assert tokenizer.first_bare_token("don") == tokenizer.encode(["don"])[0][0]
+    assert tokenizer.first_bare_token("☃") == -1  # its characters stand for bytes, and none for this sign
 
 
 def test_decode_leaves_special_tokens_out_and_writes_as_people_do(folder):
