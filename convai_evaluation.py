@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
@@ -10,13 +11,15 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
+from cli import RERANK, DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
 from dialogs import Dialogs
 from files import find_finetuned_model, typed_path
-from inputs import Instances, batches_by_length
+from inputs import Batch, Instances, batches_by_length
 from metrics import Spelling, WordModel, perplexity, ranking_figures, reply_figures
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
 
@@ -26,6 +29,7 @@ ANCHORS = {
     "original README, validation set": ("> 79", "20.5", "16.5"),
     "published checkpoint, validation set": ("71.5", "-", "-"),
 }
+LOGITS = 2**25  # at a time, 128 MB: with a vocabulary of 260,000, those of a hundred candidates come to 1 GB
 GENERATION_BATCH = 8  # a generated row has one continuation where a scored one has twenty: it takes more of them
 
 
@@ -34,6 +38,11 @@ class EvaluationSettings(DatasetSettings):
     """Options of convai_evaluation.py."""
 
     eval_type: str = option("hits@1", "what to measure", choices=("hits@1", "ppl", "f1", "all"))
+    rank_by: str | None = option(
+        None,
+        "rank by the head, by likelihood per token, or by their sum; default: mc where the head is trained, else lm",
+        choices=RERANK,
+    )
     valid_batch_size: int = option(4, "utterances per forward pass", low=1)
     limit: int = option(0, "evaluate the first so many replies (0: all)", low=0)
     output: str = option("", "write every figure, with settings and versions, to this JSON file")
@@ -54,7 +63,7 @@ def parse_settings() -> tuple[EvaluationSettings, Decoding]:
 class Results:
     """What was measured of each of U utterances; zero where another rank measured it."""
 
-    scores: np.ndarray  # (U, N) multiple-choice scores
+    scores: np.ndarray  # (U, N) by which candidates are ranked
     nll: np.ndarray  # (U,) of the gold reply's tokens and <eos>, summed
     tokens: np.ndarray  # (U,)
     word_nll: np.ndarray  # (U,) of the gold reply's words, summed
@@ -79,22 +88,71 @@ def join_ranks(results: Results, device: torch.device) -> Results:
 
 
 @torch.inference_mode()
-def score(model, instances: Instances, words: WordModel | None, batch_size: int, results: Results) -> None:
-    """Multiple-choice scores and likelihoods of tokens and words; each prefix is encoded once for all of them."""
+def score(
+    model, instances: Instances, words: WordModel | None, rank_by: str, batch_size: int, results: Results
+) -> None:
+    """Scores of candidates and likelihoods of tokens and words; each prefix is encoded once for all of them."""
     loader = rank_loader(instances, batch_size, len(results.nll))
     with progress("score", loader) as bar:
         for rows, batch in zip(loader.batch_sampler, loader, strict=True):
             batch = batch.to(model.device)
+            if rank_by != "mc":
+                batch = reading_candidates(batch)
             hidden = model.hidden(batch)
             output = model.heads(hidden, batch)
-            results.scores[rows, : output.mc_logits.shape[1]] = output.mc_logits.cpu()
-            owner = (batch.lm_positions // batch.input_ids.shape[1]).cpu()  # the row of each labelled token
-            results.nll[rows] = np.bincount(owner, output.lm_nll.cpu().double(), len(rows))
-            results.tokens[rows] = np.bincount(owner, minlength=len(rows))
+            scores = output.mc_logits
+            if rank_by != "mc":
+                likelihoods = token_log_likelihoods(model, hidden, batch)
+                scores = likelihoods if rank_by == "lm" else likelihoods + scores
+            results.scores[rows, : scores.shape[1]] = scores.cpu()
+            owners = (batch.lm_positions // batch.input_ids.shape[1]).cpu()  # the row of each labelled token
+            results.nll[rows] = np.bincount(owners, output.lm_nll.cpu().double(), len(rows))
+            results.tokens[rows] = np.bincount(owners, minlength=len(rows))
             if words:
                 golds = [instances.split.candidates[row][-1] for row in rows]
                 score_words(model, hidden, batch, rows, [words.spelled[gold] for gold in golds], words, results)
             bar.update(len(rows))
+
+
+def choose_ranking(model, rank_by: str | None) -> str:
+    """What candidates are ranked by. A multiple-choice head that no checkpoint holds would rank them at random."""
+    trained = model.lm.choice_head_trained
+    if not trained and rank_by is None:
+        log.info("this model has no trained multiple-choice head: ranking by likelihood per token (--rank_by lm)")
+    elif not trained and rank_by != "lm":
+        log.warning(f"warning: this model has no trained multiple-choice head; --rank_by {rank_by} uses a random one")
+    return rank_by or ("mc" if trained else "lm")
+
+
+def reading_candidates(batch: Batch) -> Batch:
+    """The batch with the hidden states of all candidates' tokens among those that are wanted."""
+    continuations = (batch.segments > 0).flatten().nonzero()[:, 0]
+    return replace(batch, head_positions=torch.cat([continuations, batch.prefix_ends()]).sort().values)
+
+
+def token_log_likelihoods(model, hidden: Tensor, batch: Batch) -> Tensor:
+    """The log-likelihood per token, <eos> included, of each candidate: (B, N); -inf where a row has fewer than N."""
+    of_candidate = (batch.segments > 0) & (batch.segments <= batch.n_candidates[:, None])
+    tokens = of_candidate.flatten().nonzero()[:, 0]  # (K,) flat indices
+    segments = batch.segments.flatten()
+    row, candidate = tokens // batch.segments.shape[1], segments[tokens] - 1
+    # The prefix's last token predicts the first one of every candidate, and each of these the next.
+    is_first = segments[tokens - 1] != segments[tokens]
+    predicting = torch.where(is_first, batch.prefix_ends()[row], tokens - 1)
+    labels = batch.input_ids.flatten()[tokens]
+    nll = [F.cross_entropy(logits, labels[k], reduction="none") for k, logits in slices(model, hidden, predicting)]
+    sums, counts = torch.zeros(2, *batch.ends.shape, device=hidden.device)
+    sums.index_put_((row, candidate), torch.cat(nll), accumulate=True)
+    counts.index_put_((row, candidate), torch.ones_like(sums[0, 0]), accumulate=True)
+    return (-sums / counts).masked_fill(counts == 0, float("-inf"))
+
+
+def slices(model, hidden: Tensor, positions: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits (k, V) after flat positions (K,) of hidden states (B, T, D), some at a time, with the slice of K."""
+    size = max(1, LOGITS // model.lm.config.get_text_config().vocab_size)
+    for start in range(0, len(positions), size):
+        part = slice(start, start + size)
+        yield part, model.lm_logits(hidden.flatten(0, 1)[positions[part]]).float()
 
 
 def score_words(model, hidden, batch, rows: list[int], spellings: list[Spelling], words: WordModel, results) -> None:
@@ -112,11 +170,11 @@ def score_words(model, hidden, batch, rows: list[int], spellings: list[Spelling]
         if not scored:
             continue
         predicting, numbers, owners = map(torch.tensor, zip(*scored, strict=True))
-        logits = model.lm_logits(hidden.flatten(0, 1)[predicting.to(hidden.device)]).float()
         np.add.at(results.words, owners.numpy(), 1)
-        for name, tables in words.tables.items():
-            log_probabilities = tables[inside].log_probabilities(logits, numbers)
-            np.add.at(getattr(results, name), owners.numpy(), -log_probabilities.numpy())
+        for part, logits in slices(model, hidden, predicting.to(hidden.device)):
+            for name, tables in words.tables.items():
+                log_probabilities = tables[inside].log_probabilities(logits, numbers[part])
+                np.add.at(getattr(results, name), owners[part].numpy(), -log_probabilities.numpy())
 
 
 def generate_all(model, instances: Instances, decoding: Decoding, seed: int, batch_size: int, results: Results) -> None:
@@ -153,6 +211,61 @@ def progress(name: str, loader: DataLoader) -> tqdm:
     return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
 
 
+@dataclass
+class Evaluation:
+    """Every figure that was asked for, and what it was made of."""
+
+    figures: dict[str, float]
+    results: Results
+    rank_by: str
+    ranks: list[int]  # of the gold replies; empty where candidates were not ranked
+    replies: list[str]  # empty where none were generated
+
+
+def evaluate(
+    model, splits: dict[str, Split], tokenizer: DialogTokenizer, settings: EvaluationSettings, decoding: Decoding
+) -> Evaluation:
+    """Measure what was asked for of the first replies of the validation split."""
+    split = splits["valid"]
+    size = min(len(split), settings.limit or len(split))
+    wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
+    results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
+    words = WordModel(splits, tokenizer) if "ppl" in wanted else None
+    instances = Instances(
+        split,
+        tokenizer.ids,
+        settings.max_history,
+        model.limit,
+        num_candidates=0 if "hits@1" in wanted else 1,
+        extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else {},
+    )
+    instances.report_truncation("validation")
+    rank_by = choose_ranking(model, settings.rank_by) if "hits@1" in wanted else "mc"
+    if wanted & {"hits@1", "ppl"}:
+        score(model, instances, words, rank_by, settings.valid_batch_size, results)
+    if "f1" in wanted:
+        generate_all(model, instances, decoding, settings.seed, settings.valid_batch_size, results)
+    results = join_ranks(results, model.device)
+
+    figures, ranks, replies = {"utterances": size}, [], []
+    if "hits@1" in wanted:
+        hits, ranks = ranking_figures(results.scores, split)
+        figures |= hits
+    if words:
+        figures |= {
+            "word_ppl": perplexity(results.word_nll, results.words),
+            "original_word_ppl": perplexity(results.original_word_nll, results.words),
+            "token_ppl": perplexity(results.nll, results.tokens),
+            "words": int(results.words.sum()),
+            "tokens": int(results.tokens.sum()),
+            "dictionary": len(words.words),
+        }
+    if "f1" in wanted:
+        replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
+        figures |= reply_figures(replies, split)
+    return Evaluation(figures, results, rank_by, ranks, replies)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The report
 # ------------------------------------------------------------------------------------------------------------
@@ -175,7 +288,14 @@ NAMES = {
 }
 
 
-def print_table(figures: dict[str, float]) -> None:
+RANKED_BY = {
+    "mc": "the multiple-choice head",
+    "lm": "likelihood per token",
+    "both": "the sum of the multiple-choice head's score and the log-likelihood per token",
+}
+
+
+def print_table(figures: dict[str, float], rank_by: str) -> None:
     """This model's figures beside the published ones."""
     width = max(map(len, NAMES.values()))
     columns = {"hits@1": 0, "original_word_ppl": 1, "f1": 2}
@@ -189,6 +309,8 @@ def print_table(figures: dict[str, float]) -> None:
         print(f"{NAMES[key]:{width}}  {shown}  " + " ".join(f"{anchor:>5}" for anchor in anchors))
     for i, name in enumerate(ANCHORS, 1):
         print(f"({i}) {name}")
+    if "hits@1" in figures:
+        print(f"Candidates were ranked by {RANKED_BY[rank_by]}.")
     print()
 
 
@@ -203,20 +325,20 @@ def write_report(path: str, figures: dict[str, float], settings: dict, seconds: 
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
-def write_predictions(path: str, split: Split, results: Results, ranks: list[int], replies: list[str]) -> None:
+def write_predictions(path: str, split: Split, evaluation: Evaluation) -> None:
     lines = []
-    for utterance in range(len(results.nll)):
+    for utterance in range(evaluation.figures["utterances"]):
         line = {
             "persona": split.persona_texts(utterance),
             "history": split.history_texts(utterance),
             "gold": split.gold_text(utterance),
         }
-        if replies:
-            line["reply"] = replies[utterance]
-        if ranks:
+        if evaluation.replies:
+            line["reply"] = evaluation.replies[utterance]
+        if evaluation.ranks:
             candidates = split.candidate_texts(utterance)
-            scores = results.scores[utterance, : len(candidates)].tolist()
-            line |= {"rank": ranks[utterance] + 1, "candidates": candidates, "scores": scores}
+            scores = evaluation.results.scores[utterance, : len(candidates)].tolist()
+            line |= {"rank": evaluation.ranks[utterance] + 1, "candidates": candidates, "scores": scores}
         lines.append(json.dumps(line, ensure_ascii=False))
     write_text(path, "\n".join(lines) + "\n")
 
@@ -229,54 +351,12 @@ def write_text(path: str, text: str, mode: str = "w") -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error
 
 
-def evaluate(
-    model, splits: dict[str, Split], tokenizer: DialogTokenizer, settings: EvaluationSettings, decoding: Decoding
-):
-    """Every figure that was asked for, and what it was made of: (figures, results, ranks, replies)."""
-    split = splits["valid"]
-    size = min(len(split), settings.limit or len(split))
-    wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
-    results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
-    words = WordModel(splits, tokenizer) if "ppl" in wanted else None
-    instances = Instances(
-        split,
-        tokenizer.ids,
-        settings.max_history,
-        model.limit,
-        num_candidates=0 if "hits@1" in wanted else 1,
-        extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else {},
-    )
-    instances.report_truncation("validation")
-    if wanted & {"hits@1", "ppl"}:
-        score(model, instances, words, settings.valid_batch_size, results)
-    if "f1" in wanted:
-        generate_all(model, instances, decoding, settings.seed, settings.valid_batch_size, results)
-    results = join_ranks(results, model.device)
-
-    figures, ranks, replies = {"utterances": size}, [], []
-    if "hits@1" in wanted:
-        hits, ranks = ranking_figures(results.scores, split)
-        figures |= hits
-    if words:
-        figures |= {
-            "word_ppl": perplexity(results.word_nll, results.words),
-            "original_word_ppl": perplexity(results.original_word_nll, results.words),
-            "token_ppl": perplexity(results.nll, results.tokens),
-            "words": int(results.words.sum()),
-            "tokens": int(results.tokens.sum()),
-            "dictionary": len(words.words),
-        }
-    if "f1" in wanted:
-        replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
-        figures |= reply_figures(replies, split)
-    return figures, results, ranks, replies
-
-
 def report(
-    figures, results, ranks, replies, split: Split, settings: EvaluationSettings, decoding: Decoding, seconds: float
+    evaluation: Evaluation, split: Split, settings: EvaluationSettings, decoding: Decoding, seconds: float
 ) -> None:
     """The table, the FINAL lines, and the files that were asked for."""
-    print_table(figures)
+    figures = evaluation.figures
+    print_table(figures, evaluation.rank_by)
     if "hits@1" in figures:
         print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
     if "original_word_ppl" in figures:
@@ -284,9 +364,10 @@ def report(
     if "f1" in figures:
         print(f"FINAL F1: {figures['f1']:.3f}")
     if settings.output:
-        write_report(settings.output, figures, asdict(settings) | asdict(decoding), seconds)
+        settings_used = asdict(settings) | asdict(decoding) | {"rank_by": evaluation.rank_by}
+        write_report(settings.output, figures, settings_used, seconds)
     if settings.predictions:
-        write_predictions(settings.predictions, split, results, ranks, replies)
+        write_predictions(settings.predictions, split, evaluation)
 
 
 def main() -> None:
@@ -310,9 +391,9 @@ def main() -> None:
     optimize_for_cpu_inference(model)
     if not tokenizer.fine_tuned:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
-    figures, results, ranks, replies = evaluate(model, splits, tokenizer, settings, decoding)
+    evaluation = evaluate(model, splits, tokenizer, settings, decoding)
     if idist.get_rank() == 0:
-        report(figures, results, ranks, replies, splits["valid"], settings, decoding, time.monotonic() - started)
+        report(evaluation, splits["valid"], settings, decoding, time.monotonic() - started)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -124,6 +124,8 @@ def with_choice_head(causal_lm: type[PreTrainedModel]) -> type[PreTrainedModel]:
     parent = OpenAIGPTWithCache if causal_lm is OpenAIGPTLMHeadModel else causal_lm
 
     class WithChoiceHead(parent):
+        choice_head_trained = False  # whether its weights are those of a checkpoint
+
         def __init__(self, config):
             super().__init__(config)
             self.multiple_choice_head = multiple_choice_head(config)
@@ -413,6 +415,7 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     """Refuse a model that was not loaded whole, or not of numbers. report: transformers' loading info."""
     reshaped = [f"{name} {tuple(stored)} for {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]]
     missing = [name for name in report["missing_keys"] if not name.startswith("multiple_choice_head.")]
+    lm.choice_head_trained = len(missing) == len(report["missing_keys"])
     infinite = [
         name
         for name, parameter in lm.named_parameters()

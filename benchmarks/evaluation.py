@@ -29,6 +29,9 @@ def measure(bench: Bench) -> list[Row]:
     def plain_scores(i: int) -> list[float]:
         return plain.scores(bench.reference, ranking[i], width, ids).tolist()
 
+    def plain_likelihoods(i: int) -> list[float]:
+        return plain.log_likelihoods(bench.reference, ranking[i], width, ids)
+
     def plain_words(i: int) -> list[float]:
         gold = int(split.candidates[i][-1])
         return [plain.word_nll(bench.reference, wording[i], words, gold, ids.speaker1)]
@@ -39,10 +42,13 @@ def measure(bench: Bench) -> list[Row]:
         return [token + 1 for token in reply]
 
     def score(model: DialogModel, results: evaluation.Results) -> None:
-        evaluation.score(model, ranking, None, batch_size, results)
+        evaluation.score(model, ranking, None, "mc", batch_size, results)
+
+    def score_likelihoods(model: DialogModel, results: evaluation.Results) -> None:
+        evaluation.score(model, ranking, None, "lm", batch_size, results)
 
     def score_words(model: DialogModel, results: evaluation.Results) -> None:
-        evaluation.score(model, wording, words, batch_size, results)
+        evaluation.score(model, wording, words, "mc", batch_size, results)
 
     def generate(model: DialogModel, results: evaluation.Results) -> None:
         evaluation.generate_all(model, ranking, decoding, seed, batch_size, results)
@@ -50,6 +56,7 @@ def measure(bench: Bench) -> list[Row]:
     rows = []
     for subject, aim, run_plain, run_ours, column in (
         ("scoring (Hits@1), all candidates", "18x / 40x", plain_scores, score, "scores"),
+        ("ranking by likelihood, all candidates", "", plain_likelihoods, score_likelihoods, "scores"),
         ("word perplexity", "10x", plain_words, score_words, "word_nll"),
         ("F1, replies of 20 tokens", "20x", plain_reply, generate, "replies"),
     ):

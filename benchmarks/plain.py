@@ -59,6 +59,18 @@ def scores(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, width: int, ids
     return plain(tokens[None], token_type_ids=types[None], mc_token_ids=positions[None]).mc_logits[0]
 
 
+def log_likelihoods(plain: OpenAIGPTDoubleHeadsModel, instance: Instance, width: int, ids: SpecialIds) -> list[float]:
+    """The log-likelihood per token of an utterance's candidates, each in a row of `width` tokens."""
+    tokens, types, _ = torch.tensor(padded_rows(instance, width, ids), device=plain.device)
+    positions = torch.tensor(ends(instance), device=plain.device)
+    logits = plain(tokens[None], token_type_ids=types[None], mc_token_ids=positions[None]).logits[0]  # (N, width, V)
+    start, means = len(instance.prefix), []
+    for row, candidate in enumerate(instance.candidates):
+        predicted = logits[row, start - 1 : start - 1 + len(candidate)].log_softmax(-1)
+        means.append(predicted.gather(1, torch.tensor(candidate, device=plain.device)[:, None]).mean().item())
+    return means
+
+
 def loss(plain: OpenAIGPTDoubleHeadsModel, instances: list[Instance], width: int, ids: SpecialIds) -> torch.Tensor:
     """The sum of both losses of a batch whose utterances have equally many candidates."""
     rows = torch.tensor([padded_rows(instance, width, ids) for instance in instances], device=plain.device)

@@ -1,6 +1,7 @@
 """The ConvAI2 evaluation against hand-worked cases and against a slow and obvious reference."""
 
 import json
+import logging
 import math
 import re
 import string
@@ -90,14 +91,13 @@ def splits_of(tmp_path: Path):
 
 @pytest.fixture
 def run(load, options, splits_of):
-    """`run(folder, data, "--x", 1)` evaluates: .figures, .results, .ranks, .replies, .split, .tokenizer."""
+    """`run(folder, data, "--x", 1)` gives an `Evaluation`, and its .split and .tokenizer."""
 
     def run_evaluation(folder: Path, data: dict, *arguments) -> SimpleNamespace:
         model, tokenizer = load(folder)
         splits = splits_of(data, tokenizer)
         found = evaluate(model, splits, tokenizer, *options(*arguments))
-        names = ("figures", "results", "ranks", "replies")
-        return SimpleNamespace(**dict(zip(names, found, strict=True)), split=splits["valid"], tokenizer=tokenizer)
+        return SimpleNamespace(**vars(found), split=splits["valid"], tokenizer=tokenizer)
 
     return run_evaluation
 
@@ -231,8 +231,15 @@ class Slow:
         logits = self.ask(prefix, tokens[:-1])[0]
         return [-logits[i].log_softmax(-1)[token].item() for i, token in enumerate(tokens)]
 
-    def rank(self, prefix, candidates: list[str]) -> int:
-        scores = [self.ask(prefix, [*self.encode(text), self.ids.eos])[1] for text in candidates]
+    def score(self, prefix, text: str, rank_by: str = "mc") -> float:
+        choice, likelihood = (
+            self.ask(prefix, [*self.encode(text), self.ids.eos])[1],
+            -np.mean(self.token_nll(prefix, text)),
+        )
+        return {"mc": choice, "lm": likelihood, "both": choice + likelihood}[rank_by]
+
+    def rank(self, prefix, candidates: list[str], rank_by: str = "mc") -> int:
+        scores = [self.score(prefix, text, rank_by) for text in candidates]
         gold = plain(candidates[-1])
         best = max(score for score, text in zip(scores, candidates, strict=True) if plain(text) == gold)
         return sum(score >= best for score, text in zip(scores, candidates, strict=True) if plain(text) != gold)
@@ -456,6 +463,35 @@ def test_every_figure_is_the_references(kind: str, dialog_model, run) -> None:
     assert found.figures["token_ppl"] == pytest.approx(perplexity(token_nll), rel=1e-4)
     assert found.figures["word_ppl"] == pytest.approx(perplexity(word_nll), rel=1e-4)
     assert found.figures["original_word_ppl"] == pytest.approx(perplexity(original), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, PADDED])
+@pytest.mark.parametrize("rank_by", ["lm", "both"])
+def test_ranking_by_likelihood(kind: str, rank_by: str, dialog_model, run, monkeypatch) -> None:
+    """Of every candidate, whatever logits are computed at a time; the other figures stay as they are."""
+    monkeypatch.setattr(convai_evaluation, "LOGITS", 3000)  # less than a row's
+    found = run(dialog_model(kind), DATA, "--eval_type", "all", "--rank_by", rank_by)
+    slow = Slow(dialog_model(kind), found.tokenizer, Counter())
+    rows = rows_of(slow, DATA, found.split)
+    expected = [[slow.score(prefix, text, rank_by) for text in candidates] for prefix, candidates in rows]
+    for scores, of_row in zip(found.results.scores, expected, strict=True):
+        assert scores[: len(of_row)] == pytest.approx(of_row, rel=1e-4)
+    assert found.ranks == [slow.rank(*row, rank_by) for row in rows]
+    plain = run(dialog_model(kind), DATA, "--eval_type", "all").figures
+    measured = {name: value for name, value in found.figures.items() if not name.startswith("hits")}
+    assert measured == pytest.approx({name: plain[name] for name in measured}, rel=1e-5)
+
+
+def test_candidates_are_ranked_by_the_head_where_it_is_trained(tiny, dialog_model, run, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    said = "this model has no trained multiple-choice head"
+    assert run(dialog_model("gpt2"), DATA).rank_by == "mc" and said not in caplog.text
+    assert run(tiny("gpt2"), DATA).rank_by == "lm" and f"{said}: ranking by likelihood" in caplog.text
+    caplog.clear()
+    assert run(tiny("gpt2"), DATA, "--rank_by", "lm").rank_by == "lm" and said not in caplog.text
+    assert run(tiny("gpt2"), DATA, "--rank_by", "mc").rank_by == "mc" and f"warning: {said}" in caplog.text
+    caplog.clear()
+    assert run(tiny("gpt2"), DATA, "--eval_type", "ppl").ranks == [] and said not in caplog.text
 
 
 def test_words_outside_the_dictionary_are_context_and_not_scored(dialog_model, run) -> None:

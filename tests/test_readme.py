@@ -67,6 +67,7 @@ SCRIPTS = {"train.py": train, "interact.py": interact, "convai_evaluation.py": c
 SHOWN_DEFAULTS = {  # of options whose default depends on the machine, or is decided later
     "--device": "`cuda` if there is one, else `cpu`",
     "--runs_dir": "`runs` beside the scripts",
+    "--rank_by": "`mc` where the head is trained, else `lm`",
     "--pre_tokenizer": "what the checkpoint says, else `spacy`",
 }
 
