@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -185,6 +186,28 @@ def unpack(archive: Path) -> Path:
     return configs[0].parent
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A model's files
+# ------------------------------------------------------------------------------------------------------------
+
+TENSORS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")
+# They end alike and are no weights: what trainers and this toolkit leave beside them.
+NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|adapter_model|dataset_cache")
+# transformers' own names, which need no guess
+USUAL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# What may lie beside a config.json of which a model is made from scratch.
+TEXTS = re.compile(
+    r"^(\.|README|NOTICE|LICEN[CS]E)|\.(json|jsonl|txt|csv|log|md|py|ya?ml|png|svg|jinja|model|bpe|spm|vocab|tiktoken)$"
+)
+# What to do with weights that are not read here.
+INSTEAD = {
+    r"^adapter_model": "an adapter needs its base; merge the two, as peft's merge_and_unload does, and save the result",
+    r"\.gguf$": "pass that file itself as --model",
+    r"\.(h5|msgpack)$|\.ckpt\b": "convert it to safetensors, as transformers 4 does (from_tf=True or from_flax=True)",
+    r"": "expected safetensors or a state dict of torch; to train from scratch nothing but config.json and a tokenizer",
+}
+
+
 @dataclass
 class ModelFiles:
     """A model on this machine: a folder, and the name of the .gguf file in it if it is one."""
@@ -196,12 +219,100 @@ class ModelFiles:
         return bool(self.gguf) or any(any(self.folder.glob(pattern)) for pattern in patterns)
 
     @property
+    def weights(self) -> list[Path]:
+        """The files of the weights; none where there are none. Raises UserError as `find_weights` does."""
+        return [self.folder / self.gguf] if self.gguf else find_weights(self.folder)
+
+    @property
     def has_weights(self) -> bool:
-        return self.has("*.safetensors", "pytorch_model*.bin")
+        return bool(self.weights)
 
     @property
     def has_tokenizer(self) -> bool:
-        return self.has("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "spiece.model")
+        names = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "merges.txt", "spiece.model"
+        return self.has(*names) or bool(self.openai_vocabulary)
+
+    @property
+    def openai_vocabulary(self) -> dict[str, str]:
+        """The files of a BPE vocabulary under OpenAI's own names, by transformers' arguments for them."""
+        patterns = {"vocab_file": "encoder*.json", "merges_file": "vocab*.bpe"}
+        return {argument: str(path) for argument, name in patterns.items() for path in self.folder.glob(name)}
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files of a folder that hold a model's weights: one, or all shards. transformers' own names go first.
+
+    Raises:
+        UserError: shards are missing, a file is a Git LFS pointer, or several files may be the ones.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    usual = [name for name in names if USUAL.fullmatch(name)]
+    others = [name for name in names if TENSORS.search(name) and not NO_WEIGHTS.search(name)]
+    sets = {shards(folder / name) for name in usual or others}
+    whole = [files for files in sets if files <= set(names)]
+    if sets and not whole:
+        files = min(sets, key=sorted)
+        missing = sorted(files - set(names))
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files of its weights, such as {missing[0]}; "
+            "copy them into it, or fetch the model again"
+        )
+    if len(whole) > 1 and not usual:
+        raise UserError(
+            f"{folder} holds weights in {len(whole)} files, such as {others[0]} and {others[-1]}; "
+            "rename the one to use to pytorch_model.bin"
+        )
+    # safetensors before pickles, one file before shards
+    first = min(whole, key=lambda files: (min(files).endswith(".bin"), len(files)), default=())
+    paths = [folder / name for name in sorted(first)]
+    refuse_pointers(*paths)
+    return paths
+
+
+def shards(path: Path) -> frozenset[str]:
+    """The names of all files that belong together with one, or with those that an index names."""
+    if path.name.endswith(".index.json"):
+        with explain_errors(f"cannot read {path}", "expected an index of transformers"):
+            return frozenset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", path.name)
+    if not numbered:
+        return frozenset([path.name])
+    start, count, end = numbered.groups()
+    return frozenset(f"{start}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1))
+
+
+def refuse_pointers(*paths: Path) -> None:
+    """Raise UserError where a file is the text that Git leaves in the place of a large one."""
+    for path in paths:
+        with (
+            explain_errors(f"cannot read {path}", "choose a model that you can read", OSError),
+            open(path, "rb") as file,
+        ):
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {path.parent}")
+
+
+def check_folder(folder: Path) -> ModelFiles:
+    """The files of a model's folder.
+
+    Raises:
+        UserError: it holds no configuration, or what there is besides is neither weights nor nothing.
+    """
+    files = ModelFiles(folder)
+    if not files.has("config.json"):
+        raise UserError(f"{folder} holds no config.json; expected a model folder, such as one that train.py wrote")
+    refuse_pointers(*(path for name in ("*.json", "*.txt", "*.model", "*.bpe") for path in folder.glob(name)))
+    if files.has_weights:
+        return files
+    if files.has("training_args.json"):
+        reason = "as before a run's first evaluation"
+        raise UserError(f"{folder} holds no weights, {reason}; go on with it: python train.py --resume {folder}")
+    # Only of a configuration alone is a model made from scratch: what else is there may be its weights.
+    for path in sorted(folder.iterdir()):
+        if not TEXTS.search(path.name):
+            advice = next(text for pattern, text in INSTEAD.items() if re.search(pattern, path.name))
+            raise UserError(f"{folder} holds no weights that are read here, but {path.name}; {advice}")
+    return files
 
 
 def find_finetuned_model(name: str) -> ModelFiles:
@@ -224,23 +335,18 @@ def find_model(name: str) -> ModelFiles:
     if not os.path.isdir(path):
         if LIKE_A_PATH.search(name):
             raise UserError(f"no such model: {name}; expected a folder, a .tar.gz or .gguf file, a URL or a hub id")
-        return ModelFiles(fetch_from_hub(HUB_NAMES.get(name, name)))
-    files = ModelFiles(path)
-    if not files.has("config.json"):
-        raise UserError(f"{path} holds no config.json; expected a model folder, such as one that train.py wrote")
-    if not files.has_weights and files.has("training_args.json"):
-        reason = "as before a run's first evaluation"
-        raise UserError(f"{path} holds no weights, {reason}; go on with it: python train.py --resume {path}")
-    return files
+        return check_folder(fetch_from_hub(HUB_NAMES.get(name, name)))
+    return check_folder(path)
 
 
 def find_model_in_file(path: Path) -> ModelFiles:
-    with explain_errors(f"cannot read {path}", "choose a model that you can read", OSError), open(path, "rb") as file:
+    refuse_pointers(path)
+    with open(path, "rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
         return ModelFiles(path.parent, gguf=path.name)
     if magic[:2] == b"\x1f\x8b":
-        return ModelFiles(unpack(path))
+        return check_folder(unpack(path))
     if path.name == "latest":  # a text file, where links are not possible
         return find_model(str(find_run(str(path))))
     forget(path)
@@ -257,6 +363,8 @@ def fetch_from_hub(repo: str) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=[*texts, "*.safetensors"], ignore_patterns=["*/*"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(repo, allow_patterns=["pytorch_model*.bin"])
+            if not any(folder.glob("pytorch_model*.bin")):
+                raise UserError(f"'{repo}' has neither safetensors nor pytorch_model.bin on the hub; use another model")
     return folder
 
 

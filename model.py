@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, S columns that are attended to, N candidates, L labelled tokens, D hidden size, V vocabulary.
 """
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -19,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
 
-from cli import UserError, first_line, log
+from cli import UserError, explain_errors, first_line, log
 from files import ModelFiles, whole_files
 from inputs import Batch, Instance, collate
 from utils import DialogTokenizer, SpecialIds, load_config
@@ -378,16 +380,15 @@ def initial_weights(files: ModelFiles, vocabulary: int) -> PreTrainedModel:
 
 
 def load_weights(files: ModelFiles) -> PreTrainedModel:
-    """A model from safetensors, .bin or .gguf; a base model's multiple-choice head is freshly initialised."""
+    """A model from the files of its weights; a base model's multiple-choice head is freshly initialised."""
     path = files.folder / (files.gguf or "")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # we name them
     try:
         if files.gguf:
             config, options["state_dict"] = gguf_tensors(files)
         else:
-            config = load_config(files)
-        folder = None if files.gguf else files.folder
-        lm, report = causal_lm_class(config).from_pretrained(folder, config=config, **options)
+            config, options["state_dict"] = load_config(files), read_tensors(files.weights)
+        lm, report = causal_lm_class(config).from_pretrained(None, config=config, **options)
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
@@ -396,6 +397,36 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
         ) from error
     check_weights(lm, report, path)
     return lm
+
+
+# Under these names training scripts keep a model in a checkpoint of theirs.
+WRAPPINGS = {"model", "state_dict", "model_state_dict", "module"}
+# These wrappers of a model (DataParallel, torch.compile, FSDP) come into the names of its tensors.
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
+    """The tensors in all of these files (safetensors or pickles of torch) by name, as a bare model names them.
+
+    Raises:
+        UserError: a file is damaged, or holds something else. No code in it is run.
+    """
+    tensors = {}
+    for path in paths:
+        with explain_errors(f"cannot load the weights in {path}", "expected whole files of tensors"):
+            if path.suffix == ".safetensors":
+                found = load_file(path)
+            else:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                while wrapping := isinstance(found, dict) and WRAPPINGS & found.keys():
+                    found = found[min(wrapping)]
+                if not isinstance(found, dict):
+                    raise ValueError(f"a {type(found).__name__}")
+            for name, tensor in found.items():
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"{name} is a {type(tensor).__name__}")
+            tensors |= {WRAPPERS.sub("", name): tensor for name, tensor in found.items()}
+    return tensors
 
 
 def gguf_tensors(files: ModelFiles):
@@ -416,6 +447,9 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     reshaped = [f"{name} {tuple(stored)} for {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]]
     missing = [name for name in report["missing_keys"] if not name.startswith("multiple_choice_head.")]
     lm.choice_head_trained = len(missing) == len(report["missing_keys"])
+    # Checkpoints of old versions hold their causal mask as a buffer.
+    surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
+    others = f", and hold {len(surplus)} others, such as {min(surplus)}" if missing and surplus else ""
     infinite = [
         name
         for name, parameter in lm.named_parameters()
@@ -428,11 +462,9 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     }.items():
         if names:
             raise UserError(
-                f"the weights in {path} {fault} {len(names)} tensors, such as {min(names)}; "
+                f"the weights in {path} {fault} {len(names)} tensors, such as {min(names)}{others}; "
                 "fetch the model again, or use an earlier checkpoint"
             )
-    # Checkpoints of old versions hold their causal mask as a buffer.
-    surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
     if surplus:
         log.warning(f"warning: {path} holds {len(surplus)} tensors this model has no place for, such as {min(surplus)}")
 

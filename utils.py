@@ -138,9 +138,14 @@ def load_tokenizer(
     """The tokenizer of a model, or one learned from `texts` where the model's folder has none.
 
     Raises:
-        UserError: there is none and no text to learn one from, or it cannot be read.
+        UserError: there is none and no text to learn one from, or it cannot be read, or is not that of the weights.
     """
     if not files.has_tokenizer:
+        if files.has_weights:  # a vocabulary that is learned would give other words to the rows of their embedding
+            raise UserError(
+                f"{files.folder} holds weights but no tokenizer; copy that of the base model into it "
+                "(tokenizer.json, or vocab.json and merges.txt)"
+            )
         if texts is None:
             raise UserError(
                 f"{files.folder} holds no tokenizer; train it first: python train.py --model {files.folder}"
@@ -153,11 +158,28 @@ def load_tokenizer(
         return DialogTokenizer(learn_bpe(texts, size), pre_tokenizer)
     from transformers import AutoTokenizer
 
-    gguf = {"gguf_file": files.gguf} if files.gguf else {"config": load_config(files)}
+    source = {"gguf_file": files.gguf} if files.gguf else {"config": load_config(files), **files.openai_vocabulary}
     # transformers raises many types for a tokenizer it cannot read.
     with explain_errors(f"cannot read the tokenizer in {files.folder}", "expected one of transformers'"):
-        hf = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **gguf)
+        hf = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **source)
+    if not files.gguf:
+        check_vocabulary(hf, files)
     return DialogTokenizer(hf, pre_tokenizer)
+
+
+def check_vocabulary(hf, files: ModelFiles) -> None:
+    """Refuse a tokenizer that is not whole: transformers makes one of its settings alone, and says nothing.
+
+    An embedding may have more rows than there are tokens, but not twice as many.
+    """
+    words = len(hf.get_vocab().keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
+    rows = load_config(files).get_text_config().vocab_size if files.has_weights else 0
+    if not words or 2 * len(hf) < rows:
+        size = f"has {words} tokens for an embedding of {rows}" if words else "is empty"
+        raise UserError(
+            f"the tokenizer in {files.folder} {size}; copy that of the base model into it "
+            "(tokenizer.json, or vocab.json and merges.txt)"
+        )
 
 
 def load_config_dict(files: ModelFiles) -> dict:

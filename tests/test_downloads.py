@@ -288,9 +288,9 @@ def test_models_by_folder_file_and_url(tmp_path, server, cache):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "some.weights").write_bytes(b"GGUF and more")
+    (tmp_path / "some.weights").write_bytes(b"GGUF and more")
     assert find_model(str(folder)) == ModelFiles(folder)
-    assert find_model(str(folder / "some.weights")) == ModelFiles(folder, gguf="some.weights")
+    assert find_model(str(tmp_path / "some.weights")) == ModelFiles(tmp_path, gguf="some.weights")
     archive = write_tar(tmp_path / "archive", "inside/config.json")  # told apart by content, not by name
     assert (find_model(str(archive)).folder / "config.json").read_text() == "{}"
     server.content = archive.read_bytes()
@@ -310,6 +310,7 @@ def test_models_by_folder_file_and_url(tmp_path, server, cache):
         ("absent.gguf", "no such model: absent.gguf;"),
         ("absent.tar.gz", "no such model: absent.tar.gz;"),
         ("empty", "empty holds no config.json; expected a model folder"),
+        ("pointer.gguf", "pointer.gguf is a Git LFS pointer, not the file itself; run git lfs pull in ."),
         ("note.txt", "note.txt is neither a .gguf nor a .tar.gz file"),
         ("nothing", "nothing is neither a .gguf nor a .tar.gz file"),
     ],
@@ -320,6 +321,7 @@ def test_what_is_no_model_is_named_without_asking_the_hub(name, message, tmp_pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello")
     (tmp_path / "nothing").touch()
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError) as caught:
         find_model(name)
     assert str(caught.value).startswith(message)
@@ -342,6 +344,7 @@ def test_names_are_fetched_from_the_hub_as_safetensors_or_else_bin(name, repo, w
 
     def snapshot_download(repo_id, allow_patterns, ignore_patterns=None):
         asked.append((repo_id, "*.safetensors" in allow_patterns, "pytorch_model*.bin" in allow_patterns))
+        (tmp_path / "config.json").write_text("{}")
         if weights == "model.safetensors" or not asked[-1][1]:
             (tmp_path / weights).touch()
         return str(tmp_path)
@@ -351,6 +354,15 @@ def test_names_are_fetched_from_the_hub_as_safetensors_or_else_bin(name, repo, w
     assert files == ModelFiles(tmp_path)
     assert files.has_weights
     assert asked == [(repo, True, False), (repo, False, True)][: 1 if weights == "model.safetensors" else 2]
+
+
+def test_a_name_of_the_hub_without_weights_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(
+        UserError, match="^'some/flax' has neither safetensors nor pytorch_model.bin on the hub; use an"
+    ):
+        find_model("some/flax")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out(tmp_path, monkeypatch):
@@ -371,5 +383,6 @@ def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server,
     server.content = write_tar(tmp_path / "archive", "config.json", "pytorch_model.bin").read_bytes()
     assert find_finetuned_model("openai-gpt").has_weights
     assert server.ranges == [None]
-    (tmp_path / "config.json").write_text("{}")
-    assert find_finetuned_model(str(tmp_path)) == ModelFiles(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert find_finetuned_model(str(tmp_path / "model")) == ModelFiles(tmp_path / "model")

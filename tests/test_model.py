@@ -494,7 +494,7 @@ def cut_file(folder: Path) -> None:
 
 
 def not_causal(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 2}))
 
 
 def plant_malice(folder: Path) -> None:

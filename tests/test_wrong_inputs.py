@@ -422,14 +422,14 @@ def config(**changes):
     return change
 
 
-def weights(name: str, alter=None):
-    """Replace a tensor by what `alter` makes of it, or drop it."""
+def weights(name: str, alter=None, rename: str = ""):
+    """Replace a tensor by what `alter` makes of it, give it another name, or drop it."""
 
     def change(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         old = tensors.pop(name, torch.ones(2))
-        if alter:
-            tensors[name] = alter(old.clone()).contiguous()
+        if alter or rename:
+            tensors[rename or name] = (alter or torch.clone)(old.clone()).contiguous()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return change
@@ -441,6 +441,14 @@ def content(name: str, data: bytes):
     def change(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         (folder / name).write_bytes(data)
+
+    return change
+
+
+def without(*names: str):
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
 
     return change
 
@@ -458,6 +466,13 @@ def pop_nothing(tensor: torch.Tensor) -> torch.Tensor:
 
 REMOTE = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}
 ANEW = "; fetch the model again, or use an earlier checkpoint"
+COPY = "; copy them into it, or fetch the model again"
+CONVERT = "; convert it to safetensors, as transformers 4 does (from_tf=True or from_flax=True)"
+NOTHING_ELSE = (
+    "; expected safetensors or a state dict of torch; to train from scratch nothing but config.json and a tokenizer"
+)
+VOCABULARY = "; copy that of the base model into it (tokenizer.json, or vocab.json and merges.txt)"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 PICKLE = "its pickle is damaged, or holds more than tensors, such as code to run; expected whole files of tensors"
 WRONG_MODELS = {
     "remote-code": (config(model_type="evil", **REMOTE), "{0}/config.json names the model type 'evil', which transformers does not know and asks for code of its own (auto_map), which is never run; use another model, such as gpt2"),
@@ -469,16 +484,38 @@ WRONG_MODELS = {
     "more-layers": (config(n_layer=3), "the weights in {0} lack 12 tensors, such as transformer.h.2.attn.c_attn.bias" + ANEW),
     "missing": (weights("transformer.ln_f.bias"), "the weights in {0} lack 1 tensors, such as transformer.ln_f.bias" + ANEW),
     "smaller-vocabulary": (config(vocab_size=100), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.wte.weight (320, 32) for (100, 32)" + ANEW),
-    "larger-vocabulary": (config(vocab_size=999), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.wte.weight (320, 32) for (999, 32)" + ANEW),
+    "larger-vocabulary": (config(vocab_size=600), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.wte.weight (320, 32) for (600, 32)" + ANEW),
     "other-shape": (weights("transformer.ln_f.bias", lambda old: old[:3]), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.ln_f.bias (3,) for (32,)" + ANEW),
     "nan": (weights("transformer.wte.weight", pop_nothing), "the weights in {0} hold nan or infinity in 1 tensors, such as transformer.wte.weight" + ANEW),
     "infinity": (weights("transformer.wpe.weight", lambda old: old / 0), "the weights in {0} hold nan or infinity in 1 tensors, such as transformer.wpe.weight" + ANEW),
     "too-large": (weights("transformer.wte.weight", lambda old: old * 1e38), "the model's weights give numbers that are not finite; use an earlier checkpoint of it"),
-    "code": (content("pytorch_model.bin", saved({"x": Malice()})), "cannot load the weights in {0}: " + PICKLE),
-    "code-in-an-old-file": (content("pytorch_model.bin", pickle.dumps({"x": Malice()})), "cannot load the weights in {0}: " + PICKLE),
-    "no-tensors": (content("pytorch_model.bin", saved([1, 2])), "cannot load the weights in {0}: cannot convert dictionary update sequence element #0 to a sequence; expected whole files of tensors"),
-    "empty-bin": (content("pytorch_model.bin", b""), "cannot load the weights in {0}: EOFError; expected whole files of tensors"),
-    "empty": (content("model.safetensors", b""), "cannot load the weights in {0}: Error while deserializing header: header too small; expected whole files of tensors"),
+    "code": (content("pytorch_model.bin", saved({"x": Malice()})), "cannot load the weights in {0}/pytorch_model.bin: " + PICKLE),
+    "code-in-an-old-file": (content("pytorch_model.bin", pickle.dumps({"x": Malice()})), "cannot load the weights in {0}/pytorch_model.bin: " + PICKLE),
+    "code-under-another-name": (content("checkpoint_3.pth", saved({"model": {}, "x": Malice()})), "cannot load the weights in {0}/checkpoint_3.pth: " + PICKLE),
+    "no-tensors": (content("pytorch_model.bin", saved([1, 2])), "cannot load the weights in {0}/pytorch_model.bin: a list; expected whole files of tensors"),
+    "some-tensors": (content("x.pt", saved({"x": torch.ones(1), "epoch": 3})), "cannot load the weights in {0}/x.pt: epoch is a int; expected whole files of tensors"),
+    "empty-bin": (content("pytorch_model.bin", b""), "cannot load the weights in {0}/pytorch_model.bin: EOFError; expected whole files of tensors"),
+    "empty": (content("model.safetensors", b""), "cannot load the weights in {0}/model.safetensors: Error while deserializing header: header too small; expected whole files of tensors"),
+    "pointer": (content("model.safetensors", POINTER), "{0}/model.safetensors is a Git LFS pointer, not the file itself; run git lfs pull in {0}"),
+    "vocabulary-is-a-pointer": (lambda folder: (folder / "vocab.json").write_bytes(POINTER), "{0}/vocab.json is a Git LFS pointer, not the file itself; run git lfs pull in {0}"),
+    "shard-of-three": (content("model-00002-of-00003.safetensors", b""), "{0} lacks 2 of the 3 files of its weights, such as model-00001-of-00003.safetensors" + COPY),
+    "index-alone": (content("pytorch_model.bin.index.json", b'{"weight_map": {"a": "x.bin", "b": "x.bin"}}'), "{0} lacks 1 of the 1 files of its weights, such as x.bin" + COPY),
+    "index-of-nothing": (content("model.safetensors.index.json", b"{}"), "cannot read {0}/model.safetensors.index.json: 'weight_map'; expected an index of transformers"),
+    "two-checkpoints": (lambda folder: (content("checkpoint_1.pth", b"")(folder), (folder / "checkpoint_2.pt").touch()), "{0} holds weights in 2 files, such as checkpoint_1.pth and checkpoint_2.pt; rename the one to use to pytorch_model.bin"),
+    "flax": (content("flax_model.msgpack", b""), "{0} holds no weights that are read here, but flax_model.msgpack" + CONVERT),
+    "tensorflow": (content("tf_model.h5", POINTER), "{0} holds no weights that are read here, but tf_model.h5" + CONVERT),
+    "tensorflow-checkpoint": (content("model.ckpt.index", b""), "{0} holds no weights that are read here, but model.ckpt.index" + CONVERT),
+    "gguf-inside": (content("q8.gguf", b"GGUF"), "{0} holds no weights that are read here, but q8.gguf; pass that file itself as --model"),
+    "adapter": (content("adapter_model.safetensors", b""), "{0} holds no weights that are read here, but adapter_model.safetensors; an adapter needs its base; merge the two, as peft's merge_and_unload does, and save the result"),
+    "optimizer": (content("optimizer.pt", b""), "{0} holds no weights that are read here, but optimizer.pt" + NOTHING_ELSE),
+    "of-the-original": (content("model_training_args.bin", b""), "{0} holds no weights that are read here, but model_training_args.bin" + NOTHING_ELSE),
+    "whatever": (content("weights.dat", b""), "{0} holds no weights that are read here, but weights.dat" + NOTHING_ELSE),
+    "in-a-folder": (lambda folder: (folder / "best").mkdir() or (folder / "model.safetensors").rename(folder / "best" / "model.safetensors"), "{0} holds no weights that are read here, but best" + NOTHING_ELSE),
+    "other-names": (weights("transformer.ln_f.bias", rename="norm.bias"), "the weights in {0} lack 1 tensors, such as transformer.ln_f.bias, and hold 1 others, such as norm.bias" + ANEW),
+    "no-tokenizer": (without("vocab.json", "merges.txt", "tokenizer_config.json"), "{0} holds weights but no tokenizer" + VOCABULARY),
+    "no-vocabulary": (without("vocab.json", "merges.txt"), "the tokenizer in {0} is empty" + VOCABULARY),
+    "half-a-vocabulary": (without("merges.txt"), "cannot read the tokenizer in {0}: `vocab` and `merges` must be both be from memory or both filenames; expected one of transformers'"),
+    "small-vocabulary": (lambda folder: ((folder / "vocab.json").write_text('{"a": 0, "b": 1}'), (folder / "merges.txt").write_text("")), "the tokenizer in {0} has 2 tokens for an embedding of 320" + VOCABULARY),
     "none": (lambda folder: (folder / "model.safetensors").unlink(), "{0} holds no weights; train it first: python train.py --model {0}"),
 }  # fmt: skip
 
@@ -503,6 +540,68 @@ def test_models_that_cannot_be_used(name, damaged, ended, tmp_path):
     status, said = ended(interact, "--personality", "hi", "--model", folder)
     assert (status, said) == (2, f"error: {line.format(folder)}\n")
     assert not (tmp_path / "evil").exists()
+
+
+def shard(folder: Path) -> None:
+    """The weights in two files, as they were saved in parts, without an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number, names in enumerate((list(tensors)[:5], list(tensors)[5:]), 1):
+        save_file({name: tensors[name] for name in names}, folder / f"model-0000{number}-of-00002.safetensors")
+
+
+def repack(name: str, wrap=lambda tensors: tensors):
+    """The weights in a file of torch alone, wrapped as some training scripts do it."""
+
+    def change(folder: Path) -> None:
+        content(name, saved(wrap(load_file(folder / "model.safetensors"))))(folder)
+
+    return change
+
+
+def renamed(**names: str):
+    def change(folder: Path) -> None:
+        for old, new in names.items():
+            next(folder.glob(f"{old}.*")).rename(folder / new)
+
+    return change
+
+
+def prefixed(prefix: str):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+WHOLE_MODELS = {
+    "shards": shard,
+    "another-name": renamed(model="best.safetensors"),
+    "original-checkpoint": repack("checkpoint_mymodel_28215.pt"),
+    "pth": repack("checkpoint_mymodel_3.pth"),
+    "ckpt": repack("last.ckpt", lambda tensors: {"epoch": 3, "state_dict": tensors}),
+    "wrapped": repack("pytorch_model.bin", lambda tensors: {"model": tensors, "optimizer": {}, "step": 7}),
+    "wrapped-twice": repack("ckpt.pt", lambda tensors: {"model": {"state_dict": tensors}}),
+    "DataParallel": repack("pytorch_model.bin", prefixed("module.")),
+    "compiled": repack("pytorch_model.bin", prefixed("module._orig_mod.")),
+    "body-compiled": repack("x.pt", lambda found: {k.replace("former.h", "former._orig_mod.h"): v for k, v in found.items()}),
+    "OpenAI's-names": renamed(vocab="encoder.json", merges="vocab.bpe"),
+    "other-things-beside": lambda folder: [(folder / name).touch() for name in ("optimizer.pt", "training_args.bin", "a.h5", "b.pt")],
+    "better-than-half": lambda folder: (folder / "pytorch_model-00002-of-00002.bin").touch(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_models_that_are_whole_in_their_own_way(name, damaged, tiny, load, caplog):
+    model, tokenizer = load(damaged(WHOLE_MODELS[name]))
+    right, right_tokenizer = load(tiny("gpt2"))
+    for parameter in ("transformer.wte.weight", "transformer.h.1.attn.c_attn.weight"):
+        torch.testing.assert_close(model.lm.get_parameter(parameter)[:320], right.lm.get_parameter(parameter)[:320])
+    assert tokenizer.encode(["hello you !"]) == right_tokenizer.encode(["hello you !"])
+    assert not caplog.messages
+
+
+def test_a_tokenizer_without_a_vocabulary_is_not_trained_from_scratch(tiny, damaged, write, ended):
+    folder = damaged(without("model.safetensors", "vocab.json", "merges.txt"))
+    status, said = ended(train, "--model", folder, "--dataset_path", write(json_lines(TURNS, TURNS)))
+    assert (status, said.splitlines()[-1]) == (2, f"error: the tokenizer in {folder} is empty{VOCABULARY}")
 
 
 @pytest.mark.parametrize(
@@ -538,11 +637,13 @@ SCRATCH = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_pos
     ],
     ids=str,
 )  # fmt: skip
-def test_configurations_of_which_no_model_can_be_made(changes, line, tmp_path, write, ended):
-    (tmp_path / "config.json").write_text(json.dumps(SCRATCH | changes))
-    path = write(json_lines(TURNS, TURNS))
-    status, said = ended(train, "--model", tmp_path, "--dataset_path", path, "--dataset_cache", tmp_path / "cache.bin")
-    assert (status, said.splitlines()[-1]) == (2, f"error: {line.format(tmp_path)}")
+def test_configurations_of_which_no_model_can_be_made(changes, line, tmp_path, write, ended, caplog):
+    folder, path = tmp_path / "model", write(json_lines(TURNS, TURNS))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SCRATCH | changes))
+    status, said = ended(train, "--model", folder, "--dataset_path", path, "--dataset_cache", tmp_path / "cache.bin")
+    assert (status, said.splitlines()[-1]) == (2, f"error: {line.format(folder)}")
+    assert caplog.messages[0] == f"{folder} holds a configuration alone: from scratch, random weights"
 
 
 def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, monkeypatch, caplog):
