@@ -378,6 +378,16 @@ class Turn:
     candidates: list[tuple[str, Reply]] = field(default_factory=list)  # distinct replies, best first, the given one too
 
 
+def token_counts(persona: list[list[int]], history: list[list[int]]) -> dict[str, int]:
+    """Tokens of each part of a prefix, in the order in which they are truncated."""
+    *earlier, message = history or [[]]
+    return {
+        "the earlier messages": sum(map(len, earlier)),
+        "the persona": sum(map(len, persona)),
+        "the message": len(message),
+    }
+
+
 class Conversation:
     """A persona and its turns; what a terminal and a browser share.
 
@@ -404,6 +414,13 @@ class Conversation:
         self.turns: list[Turn] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.prefix_cache = prefix_cache or PrefixCache()
+        self.truncated: dict[str, tuple[int, int]] = {}  # what of the last prefix did not fit: tokens left out, of all
+
+    @property
+    def truncation(self) -> str:
+        """What of the last prefix did not fit the model, in words; "" where all of it did."""
+        parts = [f"{left_out} of the {size} tokens of {name}" for name, (left_out, size) in self.truncated.items()]
+        return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}" if parts else ""
 
     @property
     def history(self) -> list[str]:
@@ -434,7 +451,10 @@ class Conversation:
         # At most half of what the model takes: the rest is for what is replied to.
         longest = min(self.decoding.max_length, self.model.limit // 2)
         persona = self.tokenizer.encode(self.persona)  # each time: it may have changed, and takes no time
+        whole = token_counts(persona, history[-self.n_history :])
         persona, history, longest = truncate(persona, history[-self.n_history :], longest, self.model.limit)
+        fitting = token_counts(persona, history)
+        self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
         prefix = build_prefix(persona, history, self.model.ids)
         decoding = replace(self.decoding, max_length=longest)
         return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)

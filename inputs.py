@@ -28,8 +28,9 @@ def truncate(
 ) -> tuple[list[list[int]], list[list[int]], int]:
     """Truncate persona, history and reply so that a row fits a model.
 
-    Whole oldest utterances go first, then the front of the last one left, then the end of the reply. The persona
-    stays whole unless it alone leaves no room; then its last sentences go.
+    Whole oldest utterances go first. The persona loses its last sentences only where it does not fit beside the newest
+    utterance, and that one its front only where it does not fit alone: without what it answers, a reply is about
+    nothing. The end of the reply goes last.
 
     Args:
         reply: tokens of the longest candidate (or to be generated), `<eos>` not counted.
@@ -37,10 +38,10 @@ def truncate(
     Returns:
         persona, history and the tokens left for a reply (at least one).
     """
-    room = limit - 3  # <bos>, the reply's speaker, <eos>
-    while persona and sum(map(len, persona)) > room - 1:
+    room = limit - 3 - reply  # <bos>, the reply's speaker, <eos>
+    while persona and sum(map(len, persona + history[-1:])) + len(history[-1:]) > room:
         persona = persona[:-1]
-    too_many = sum(map(len, persona)) + sum(len(utterance) + 1 for utterance in history) + reply - room
+    too_many = sum(map(len, persona)) + sum(len(utterance) + 1 for utterance in history) - room
     while too_many > 0 and history:
         oldest, *later = history
         if not later and too_many < len(oldest):

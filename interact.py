@@ -267,12 +267,20 @@ COMMANDS = {
 }
 
 
+def warn_of_truncation(chat, known: set[str]) -> None:
+    """Say what of the chat the model did not see; once of each part, of which `known` are said already."""
+    if not known.issuperset(chat.truncated):
+        log.warning(f"warning: {chat.truncation}; a shorter persona leaves more room")
+        known.update(chat.truncated)
+
+
 class Terminal:
     """A chat with a person at a terminal: lines that begin with / are commands, methods named do_... here."""
 
     def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
         self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
         self.saved: set[Path] = set()
+        self.truncated: set[str] = set()  # what the user was told of
 
     def run(self) -> None:
         self.show_persona()
@@ -302,6 +310,7 @@ class Terminal:
             for piece in self.chat.stream(text, stopped):
                 print(piece, end="", flush=True)
         print("" if len(self.chat.turns) > turns else "(stopped before the first word; the message is forgotten)")
+        warn_of_truncation(self.chat, self.truncated)
         if self.transcript and len(self.chat.turns) > turns:
             self.transcript.add(self.chat)
 
@@ -390,8 +399,10 @@ class Terminal:
 def answer_lines(chat, transcript: Transcript | None) -> None:
     """A line per turn in, a line per reply out: every line is text."""
     log.info("Persona: " + " ".join(map(printable, chat.persona)))
+    truncated: set[str] = set()
     for line in typed_lines():
         print(chat.reply(line), flush=True)
+        warn_of_truncation(chat, truncated)
         if transcript:
             transcript.add(chat)
 

@@ -54,12 +54,13 @@ HISTORY = [[11, 12], [13, 14, 15], [16, 17]]
         (17, PERSONA, HISTORY[1:], 4),
         (16, PERSONA, HISTORY[2:], 4),
         (13, PERSONA, HISTORY[2:], 4),
-        (12, PERSONA, [[17]], 4),  # the last utterance is cut from its front
-        (11, PERSONA, [], 4),  # nothing of it would be left but its speaker
-        (10, PERSONA, [], 4),
-        (9, PERSONA, [], 3),  # the reply is cut from its end
-        (7, PERSONA, [], 1),
-        (6, [[1, 2]], [], 1),  # the persona alone leaves no room: its last sentence goes
+        (12, PERSONA[:1], HISTORY[2:], 4),  # the persona beside the newest utterance: its last sentence goes
+        (11, [], HISTORY[2:], 4),
+        (10, [], HISTORY[2:], 4),
+        (9, [], [[17]], 4),  # the newest utterance is cut from its front
+        (8, [], [], 4),  # nothing of it would be left but its speaker
+        (7, [], [], 4),
+        (6, [], [], 3),  # the reply is cut from its end
         (5, [], [], 2),
         (4, [], [], 1),
     ],
@@ -74,8 +75,9 @@ def test_what_is_cut_first(limit, persona, history, reply):
         pytest.param(
             ([[1], [2] * 6], [[11]], 1), 9, ([[1]], [[11]], 1), id="a-shorter-persona-leaves-room-for-history"
         ),
+        pytest.param(([[1] * 496], [[10] * 9, [11] * 9], 20), 512, ([], [[10] * 9, [11] * 9], 20), id="a-long-persona"),
         pytest.param(([[1] * 6, [2]], [[11]], 1), 9, ([], [[11]], 1), id="the-last-sentence-was-not-enough"),
-        pytest.param(([[1, 2]], [[11] * 9], 3), 13, ([[1, 2]], [[11] * 4], 3), id="one-long-utterance"),
+        pytest.param(([[1, 2]], [[11] * 9], 3), 13, ([], [[11] * 6], 3), id="one-long-utterance"),
         pytest.param(([], [], 20), 10, ([], [], 7), id="only-a-reply"),
         pytest.param(([], [[11, 12]], 0), 5, ([], [[12]], 0), id="an-empty-reply"),
     ],
@@ -166,9 +168,9 @@ def test_one_cut_for_all_candidates_made_for_the_longest():
     assert instance == Instance(
         [B, 1, S2, 12, 13, S1], [S1, S1, S2, S2, S2, S1], [[20, 21, 22, 23, E], [24, E], [25, 26, E]]
     )
-    # At 6 no history is left, and two tokens of a reply.
-    instance = Instances(make_split(dialogs), IDS, 2, 6)[0]
-    assert instance == Instance([B, 1, S1], [S1, S1, S1], [[20, 21, E], [24, E], [25, 26, E]])
+    # At 5 neither persona nor history is left, and two tokens of a reply.
+    instance = Instances(make_split(dialogs), IDS, 2, 5)[0]
+    assert instance == Instance([B, S1], [S1, S1], [[20, 21, E], [24, E], [25, 26, E]])
 
 
 def test_an_extra_continuation_goes_with_its_gold_reply_and_costs_the_others_nothing():

@@ -1,6 +1,7 @@
 """The chat: a conversation's replies, the terminal driven through a pseudo-terminal, and pipes."""
 
 import functools
+import io
 import json
 import os
 import random
@@ -581,6 +582,51 @@ def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) ->
     assert "Persona: i like tea ." in ended.stderr
     histories = [json.loads(line)["utterances"][0]["history"] for line in transcript.read_text().splitlines()]
     assert histories[-1] == ["hello", replies[0], "/quit", replies[2], "//x"]
+
+
+LONG = "like tea " * 80  # more than the tiny model's 128 tokens
+
+
+@pytest.mark.parametrize(
+    ("persona", "messages", "parts"),
+    [
+        (["i like tea ."], ["hi"], []),
+        (["i like tea .", LONG], ["hi", "you ?"], [["persona"]]),
+        (["i like tea ."], ["hi", LONG, LONG], [["earlier messages", "persona", "message"]]),
+        (
+            ["i like tea ."],
+            ["hi you " * 9] * 5 + [LONG],
+            [["earlier messages"], ["earlier messages", "persona", "message"]],
+        ),
+    ],
+)
+@pytest.mark.parametrize("at_terminal", [False, True])
+def test_what_does_not_fit_is_said_once_with_numbers(
+    persona, messages, parts, at_terminal, converse, monkeypatch, caplog, capsys
+) -> None:
+    chat = converse("gpt2")
+    chat.persona = persona
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in messages)))
+    if at_terminal:
+        interact.Terminal(chat, None, Dialogs("")).run()
+    else:
+        interact.answer_lines(chat, None)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    found = [re.findall(r"(\d+) of the (\d+) tokens of the ([a-z ]+)", warning) for warning in warnings]
+    assert [[name for *_, name in each] for each in found] == parts
+    assert all(0 < int(left_out) <= int(size) for each in found for left_out, size, _ in each)
+    assert all(warning.startswith("warning: the model takes 128 tokens at once; left out: ") for warning in warnings)
+
+
+def test_a_persona_that_does_not_fit_leaves_the_message(converse) -> None:
+    chat = converse("gpt2")
+    chat.persona = [LONG]
+    messages = chat.tokenizer.encode(["hello you", "what do you do ?"])
+    prefixes = [chat.generation(message).prefixes[0][0] for message in messages]
+    ids = chat.model.ids
+    assert prefixes == [[ids.bos, ids.speaker2, *message, ids.speaker1] for message in messages]
+    size = len(chat.tokenizer.encode([LONG])[0])
+    assert chat.truncated == {"the persona": (size, size)}
 
 
 def test_wrong_options_are_one_line(dialog_model) -> None:

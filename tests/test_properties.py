@@ -49,10 +49,9 @@ def test_what_is_cut_is_as_little_as_can_be(persona, history, reply, limit):
     assert 1 <= room or room == reply == 0
 
     assert kept_persona == persona[: len(kept_persona)]
-    size = sum(map(len, persona))
-    assert (kept_persona == persona) == (size <= limit - 4)  # it alone leaves <bos>, <speaker1>, a token and <eos>
-    if kept_persona != persona:
-        assert sum(map(len, persona[: len(kept_persona) + 1])) > limit - 4
+    if kept_persona != persona:  # nor would its next sentence have gone in beside the newest utterance
+        beside = [*persona[: len(kept_persona) + 1], *history[-1:]]
+        assert 3 + sum(map(len, beside)) + len(history[-1:]) + reply > limit
 
     whole = [token for utterance in history for token in utterance]
     kept = [token for utterance in kept_history for token in utterance]
@@ -60,11 +59,12 @@ def test_what_is_cut_is_as_little_as_can_be(persona, history, reply, limit):
     assert kept_history[1:] == history[len(history) - len(kept_history) :][1:]
     full, n = len(prefix) + reply + 1, len(kept_history)
     if n and kept_history[0] != history[-n]:
-        assert full == limit  # it was cut no further than needed
+        assert full == limit and not kept_persona  # it was cut no further than needed, and after the persona
     elif n < len(history):  # nor would the one before have gone in: the last one in part, others whole
         dropped = len(history[-n - 1])
         assert full + 1 + (dropped if n else min(dropped, 1)) > limit
-    assert room == reply or not kept_history  # a reply is cut only where no history is left
+        assert n or not kept_persona
+    assert room == reply or not kept_history and not kept_persona  # a reply is cut only where nothing else is left
 
 
 @given(dialogs, st.integers(0, 3), st.integers(0, 5), st.integers(1, 3), limits)
