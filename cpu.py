@@ -21,11 +21,16 @@ BLOCK = 96  # queries
 def attention_in_blocks(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """scaled_dot_product_attention for sparse masks: a block of queries at a time, with the keys that it attends to.
+    """scaled_dot_product_attention, a block of queries at a time, each with only the keys that it attends to.
 
-    torch's kernel for CPUs computes all scores and then hides most of them: in a packed row with twenty candidates
-    a token attends to half of the columns before it. It is a function of transformers' registry: query
-    (B, H, T, D), key and value (B, H, S, D), a float mask (B, 1, T, S) -> (B, T, H, D).
+    torch's kernel computes all scores and then hides those that the mask hides: in a packed row with twenty
+    candidates, most of them. This function has the form that transformers' registry asks for.
+
+    Args:
+        query: (B, H, T, D). key, value: (B, H, S, D).
+        attention_mask: float (B, 1, T, S), added to the scores.
+    Returns:
+        (B, T, H, D), and no attention weights.
     """
     if attention_mask is None or attention_mask.dtype == torch.bool or query.shape[2] <= BLOCK:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -38,9 +43,9 @@ def attention_in_blocks(
     return torch.cat(attended, dim=1), None
 
 
-@lru_cache(maxsize=1)  # all layers of a forward pass are given the same mask
+@lru_cache(maxsize=1)  # the layers of a forward pass share one mask
 def mask_blocks(mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each block of queries the columns that one of them attends to, in any row, and the mask of these."""
+    """For each block of queries: the columns that any of them attends to, in any row, and the mask of those columns."""
     blocks = []
     for rows in mask.split(BLOCK, dim=2):
         columns = (rows > torch.finfo(mask.dtype).min).flatten(0, 2).any(0).nonzero()[:, 0]
@@ -57,7 +62,7 @@ AttentionMaskInterface.register("sdpa_in_blocks", sdpa_mask)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights are fixed, in the layout that oneDNN reads fastest."""
+    """A linear layer whose fixed weights have the layout that oneDNN reads fastest; and the activation after it."""
 
     def __init__(self, layer: nn.Linear | Conv1D):
         super().__init__()
@@ -81,10 +86,11 @@ def cpu_has_bf16() -> bool:
 
 @torch.inference_mode()
 def optimize_for_cpu_inference(model: DialogModel) -> None:
-    """Make a model on a CPU faster, for inference only; its results change by rounding alone.
+    """Make a model on a CPU faster, for inference only. Its results change by rounding alone.
 
-    What torch.compile does with frozen weights, without its minutes. Nothing changes elsewhere, where torch has no
-    oneDNN or that no such arithmetic, and where an architecture reads its weights past their layers (it is tried).
+    Linear layers get what torch.compile does with frozen weights, without the minutes that it takes. A model is left
+    as it is on another device, in a torch without oneDNN or for that processor, and where the architecture reads its
+    weights past their layers, which shows when it is tried.
     """
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return

@@ -16,6 +16,7 @@ from transformers import (
     OpenAIGPTDoubleHeadsModel,
 )
 
+import cpu
 from cli import UserError
 from cpu import PackedLinear, optimize_for_cpu_inference
 from files import ModelFiles
@@ -175,12 +176,17 @@ def test_gradients_of_padded_rows_are_those_of_plain_rows(kind, dialog_model, lo
 @pytest.mark.parametrize("kind", [*PACKED, *PADDED])
 def test_a_model_made_fast_for_cpus_computes_the_same(kind, block, dialog_model, load, monkeypatch):
     monkeypatch.setattr("cpu.BLOCK", block)
+    sdpa, queries = cpu.sdpa_attention_forward, []
+    monkeypatch.setattr("cpu.sdpa_attention_forward", lambda *a, **k: queries.append(a[1].shape[2]) or sdpa(*a, **k))
     model, tokenizer = load(dialog_model(kind))
     batch = collate(make_instances(tokenizer.ids, RAGGED), tokenizer.ids)
     with torch.inference_mode():
         before = model(batch)
         optimize_for_cpu_inference(model)
+        del queries[:]
         after = model(batch)
+    if kind in PACKED and kind != "gemma2":  # which transformers runs in eager attention
+        assert 1 <= max(queries) <= block
     torch.testing.assert_close(after.lm_nll, before.lm_nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after.mc_logits, before.mc_logits, rtol=1e-5, atol=1e-5)
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
