@@ -793,7 +793,7 @@ def test_a_transcript_on_a_full_disk_keeps_its_whole_lines(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(GOOD)
     transcript = interact.Transcript(str(path))
-    chat = SimpleNamespace(persona=[], said=["hi", "hello " * 99])
+    chat = SimpleNamespace(persona=[], history=["hi", "hello " * 99])
     with full_disk(len(GOOD) + 50), pytest.raises(UserError) as caught:
         transcript.add(chat)
     assert str(caught.value) == f"cannot write --transcript {path}: File too large; choose a file you can"
@@ -811,7 +811,7 @@ def test_a_transcript_that_cannot_be_cut_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "truncate", fails)
     with full_disk(10), pytest.raises(UserError, match=f"cannot write --transcript {path}: File too large"):
-        transcript.add(SimpleNamespace(persona=[], said=["hi", "hello"]))
+        transcript.add(SimpleNamespace(persona=[], history=["hi", "hello"]))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe: File or stream is not seekable.; choose a file you can"):
         interact.Transcript(str(tmp_path / "pipe"))
