@@ -339,6 +339,7 @@ def load_model(
     if files.has_weights:
         lm = load_weights(files)
     elif from_scratch:
+        log.info(f"{files.folder} holds a configuration alone: from scratch, random weights")
         lm = initial_weights(files, len(tokenizer))
     else:
         raise UserError(f"{files.folder} holds no weights; train it first: python train.py --model {files.folder}")

@@ -505,8 +505,6 @@ def main() -> None:
     state = newest_checkpoint(folder) if folder else None
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = ModelFiles(folder) if state else find_model(settings.model)
-        if not state and not files.has_weights:
-            log.info(f"{files.folder} holds a configuration alone: from scratch, random weights")
         model, tokenizer, train, valid = prepare(settings, files, device)
     tell_sizes(model, train, valid, device)
 

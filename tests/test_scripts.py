@@ -38,6 +38,7 @@ def test_train_evaluate_and_talk(tmp_path):
     options = ["--lr", "1e-3", "--n_epochs", "2", "--gradient_accumulation_steps", "1", "--train_batch_size", "8"]
     trained = run_python("train.py", "--model", "data/tiny-gpt", *cache, *options, "--runs_dir", tmp_path / "runs")
     assert trained.returncode == 0, trained.stderr
+    assert "data/tiny-gpt holds a configuration alone: from scratch, random weights" in trained.stderr
     (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
     assert f"python interact.py --model_checkpoint {run} --dataset_path data/sample.json" in trained.stderr
     losses = [json.loads(line).get("loss") for line in (run / "log.jsonl").read_text().splitlines()]
