@@ -652,9 +652,10 @@ def test_a_reply_ends_where_the_model_does(kind: str, sentences: int, arguments:
     found, other = (
         run(dialog_model(kind), data, "--eval_type", "f1", *arguments, "--valid_batch_size", size) for size in (1, 64)
     )
-    size = len(found.tokenizer.encode(["i like fish ."])[0])
-    persona = min(sentences, 124 // size) * size  # whole sentences, leaving a token for the reply
-    assert 0 < (found.results.replies[0] > 0).sum() <= 128 - 2 - persona  # <bos> and the reply's speaker
+    sentence, message = map(len, found.tokenizer.encode(["i like fish .", "hi"]))
+    # The persona keeps whole sentences, and leaves room for the message, a reply of 20 tokens, <eos> and the like.
+    persona = min(sentences, (128 - 20 - message - 4) // sentence) * sentence
+    assert 0 < (found.results.replies[0] > 0).sum() <= 128 - 3 - message - persona
     assert found.replies == other.replies
 
 
