@@ -63,9 +63,10 @@ class WebSettings(Settings):
 def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
     classes = ChatSettings, Decoding, WebSettings
     args = Parser(__doc__, *classes).parse_args()
-    if args.web and importlib.util.find_spec("gradio") is None:
+    settings, decoding, web = (each.from_args(args) for each in classes)
+    if settings.web and importlib.util.find_spec("gradio") is None:
         raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
-    return tuple(each.from_args(args) for each in classes)
+    return settings, decoding, web
 
 
 # ------------------------------------------------------------------------------------------------------------
