@@ -1,213 +1,117 @@
-"""What people wrote: every dataset format in, one `Dialogs` out. The only room that sees a dataset's name."""
+"""What people wrote: every dataset in, one `Dialogs` out. The only room that sees a dataset's name."""
 
+import base64
 import codecs
 import hashlib
 import mmap
 import os
 import re
-import textwrap
+import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain, groupby
-from operator import itemgetter
+from collections.abc import Iterable, Iterator
+from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from cli import UserError, explain_errors, log
 from files import Unzipped, download, forget, is_url, typed_path
+from formats import Content, Lazy, Splits, decode, is_record, name_splits, read_content
+from records import FORMATS, NO_JSON, PERSONA_LINE, SYNONYMS, Dialog, Fields, keys_found, normal, persona_in, persona_of
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
-
-
-class Utterance(msgspec.Struct):
-    history: list[str]
-    # The gold reply is the last one; alone, it asks for sampled distractors.
-    candidates: Annotated[list[str], msgspec.Meta(min_length=1)]
-
-
-class Dialog(msgspec.Struct):
-    personality: list[str]
-    utterances: list[Utterance]
-
-
-class Message(msgspec.Struct):
-    role: str
-    content: str
-
-
-class Record(msgspec.Struct):
-    """A dialog as JSON may hold it: one of `utterances`, `dialog` and `messages` is there."""
-
-    personality: list[str] = []
-    utterances: list[Utterance] | None = None
-    dialog: list[str] | None = None
-    messages: list[Message] | None = None
-
-
-NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets nested too deep
-SPLITS = ("train", "valid", "all")
-FORMATS = "expected PersonaChat JSON, JSON lines or ParlAI text (see 'Data formats' in the README)"
-
-
-def replies_of(turns: Iterable[tuple[bool, str]]) -> list[Utterance]:
-    """Every turn of the bot as the reply to all before it. turns: (spoken by the bot, text) pairs."""
-    # Turns of one speaker in a row are one utterance: speakers must alternate.
-    runs = [(by_bot, " ".join(text for _, text in run)) for by_bot, run in groupby(turns, key=itemgetter(0))]
-    texts = [text for _, text in runs]
-    return [Utterance(texts[:i], [text]) for i, (by_bot, text) in enumerate(runs) if by_bot]
-
-
-def dialog_of(record: Record) -> Dialog:
-    """The dialog in a JSON record. Raises ValueError with what is wrong."""
-    if record.utterances is not None:
-        return Dialog(record.personality, record.utterances)
-    if record.dialog is not None:
-        return Dialog(record.personality, replies_of((i % 2 == 1, text) for i, text in enumerate(record.dialog)))
-    if record.messages is None:
-        raise ValueError("a dialog needs one of the keys utterances, dialog or messages - at `$`")
-    personality, turns = list(record.personality), []
-    for i, message in enumerate(record.messages):
-        if message.role in ("system", "developer"):
-            personality += split_sentences(message.content)
-        elif message.role in ("user", "assistant"):
-            turns.append((message.role == "assistant", message.content))
-        else:
-            raise ValueError(f"expected role system, user or assistant, got {message.role} - at `$.messages[{i}]`")
-    return Dialog(personality, replies_of(turns))
-
-
-def split_sentences(text: str) -> list[str]:
-    """Persona sentences from running text: one per line, and a new one after . ! or ?"""
-    return [part.strip() for part in re.split(r"\n|(?<=[.!?])\s", text) if part.strip()]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Formats. A reader takes a file's path, for messages, and its content, and returns the dialogs of each split.
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """Dialogs that every loop parses again, so that a large file is never held in memory as Python objects."""
-
-    parse: Callable[[], Iterator[Dialog]]
-
-    def __iter__(self) -> Iterator[Dialog]:
-        return self.parse()
-
-
-Content = bytes | mmap.mmap  # of a file
-Splits = dict[str, Lazy]  # "train" and "valid", or "all" of a file without splits
-
-
-def lines_of(path: Path, data: Content) -> Iterator[tuple[str, bytes]]:
-    """(place, line) pairs of the lines that are not blank. The place is for messages."""
-    for count, line in enumerate(re.finditer(rb".*\n?", data), 1):
-        if line[0].strip():
-            yield f"{path}, line {count}", line[0]
-
-
-def json_dialogs(records: Iterable[tuple[str, msgspec.Raw | bytes]]) -> Iterator[Dialog]:
-    """Decode (place, JSON record) pairs one at a time."""
-    decode = msgspec.json.Decoder(Record).decode
-    for place, record in records:
-        with explain_errors(place, FORMATS, *NO_JSON):
-            dialog = dialog_of(decode(record))
-        yield dialog
-
-
-def read_json_lines(path: Path, data: Content) -> Splits:
-    return {"all": Lazy(lambda: json_dialogs(lines_of(path, data)))}
-
-
-def read_json(path: Path, data: Content) -> Splits:
-    """A list of records, or an object that holds such a list for each split."""
-
-    def dialogs_in(records: list[msgspec.Raw], place: str) -> Lazy:
-        return Lazy(lambda: json_dialogs((f"{path}, {place}[{i}]", record) for i, record in enumerate(records)))
-
-    with explain_errors(str(path), FORMATS, *NO_JSON):
-        document = msgspec.json.decode(data, type=list[msgspec.Raw] | dict[str, list[msgspec.Raw]])
-    if isinstance(document, list):
-        return {"all": dialogs_in(document, "$")}
-    if document.keys().isdisjoint(SPLITS):
-        keys = textwrap.shorten(", ".join(document), 100, placeholder=" ...") or "(none)"
-        raise UserError(f"{path}: has the keys {keys}, expected train and valid; {FORMATS}")
-    return {split: dialogs_in(records, f"$.{split}") for split, records in document.items() if split in SPLITS}
-
-
-def read_parlai(path: Path, data: Content) -> Splits:
-    return {"all": Lazy(lambda: parlai_dialogs(parlai_lines(path, data)))}
-
-
-def parlai_dialogs(lines: Iterable[tuple[int, str]]) -> Iterator[Dialog]:
-    """ParlAI text: numbered lines, a new dialog where the number falls back."""
-    texts: list[str] = []
-    last = 0
-    for number, text in chain(lines, [(0, "")]):
-        if number <= last:
-            dialog = parlai_dialog(texts)
-            if dialog.personality or dialog.utterances:
-                yield dialog
-            texts = []
-        texts.append(text)
-        last = number
-
-
-def parlai_lines(path: Path, data: Content) -> Iterator[tuple[int, str]]:
-    """(number, text) pairs of the lines."""
-    for place, line in lines_of(path, data):
-        try:
-            number, _, text = line.decode().rstrip("\r\n").partition(" ")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-        if not number.isdecimal() or len(number) > 9:
-            raise UserError(f"{place}: expected a line number first, found '{number[:20]}'; {FORMATS}")
-        yield int(number), text.replace("\\n", "\n")
-
-
-def parlai_dialog(lines: Iterable[str]) -> Dialog:
-    """A dialog from its lines, each a sentence of a persona or a turn of both speakers.
-
-    A turn is `text<TAB>reply[<TAB>reward<TAB>candidate|candidate|...]`.
-    """
-    dialog, history, unanswered = Dialog([], []), [], []
-    for line in lines:
-        if line.startswith("your persona:"):
-            dialog.personality.append(line.removeprefix("your persona:").strip())
-        elif not line.startswith("partner's persona:"):
-            text, reply, _, candidates = (*map(str.strip, line.split("\t")), "", "", "")[:4]
-            if text and text != "__SILENCE__":
-                unanswered.append(text)
-            if reply:
-                # Turns of the other person in a row are one utterance: speakers must alternate.
-                history += [" ".join(unanswered)] if unanswered else []
-                distractors = [text for text in map(str.strip, candidates.split("|")) if text not in ("", reply)]
-                dialog.utterances.append(Utterance(history[:], [*distractors, reply]))
-                history, unanswered = [*history, reply], []
-    return dialog
-
+PERSONACHAT_ON_HUB = "AlekseyKorshuk/persona-chat"
 
 # ------------------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------------------
 
+# owner/name[:config][@revision], and not the path of a file with one of the usual endings.
+HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+LIKE_A_FILE = re.compile(r"\.(json|jsonl|txt|csv|tsv|parquet|gz)$")
 
-def dataset_file(name: str) -> Path:
-    """A dataset as a local file, downloaded where `name` is a URL, or "" for PersonaChat."""
-    url = name or PERSONACHAT_URL
-    return download(url, "pass --dataset_path a local file") if is_url(url) else typed_path(name)
+
+def dataset_files(name: str) -> list[tuple[str, Path]]:
+    """A dataset's local files, each after the split that its name tells ("" where it tells none).
+
+    Args:
+        name: a path, a URL, the id of a dataset on the hub, or "" for PersonaChat.
+    """
+    if is_url(name or PERSONACHAT_URL):
+        instead = "pass --dataset_path a local file" + ("" if name else f", or {PERSONACHAT_ON_HUB} (from the hub)")
+        return [("", download(name or PERSONACHAT_URL, instead))]
+    path = typed_path(name)
+    found = HUB_ID.fullmatch(name)
+    if found and not os.path.exists(path) and not os.path.isdir(path.parent) and not LIKE_A_FILE.search(name):
+        return fetch_from_hub(f"{found[1]}/{found[2]}", found[3], found[4])
+    if not os.path.exists(path):  # pathlib's own raises for names that are too long
+        raise UserError(f"no such dataset: {path}; pass --dataset_path a file, a URL or a hub id")
+    return [("", path if path.is_file() or path.is_dir() else spooled(path))]
+
+
+@cache
+def spooled(path: Path) -> Path:
+    """A copy of what comes through a pipe, such as <(zcat chats.gz): it is read more than once, a pipe only once."""
+    folder = tempfile.TemporaryDirectory()
+    KEPT.append(folder)
+    copy = Path(folder.name, path.name)
+    with explain_errors(f"cannot read {path}", "expected a readable file", OSError):
+        with open(path, "rb") as pipe, open(copy, "wb") as file:
+            shutil.copyfileobj(pipe, file)
+    return copy
+
+
+KEPT: list[tempfile.TemporaryDirectory] = []  # until this process ends
+
+
+def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[tuple[str, Path]]:
+    """The parquet files of a dataset on the hub, or those that the hub made of it."""
+    from huggingface_hub import HfApi, snapshot_download  # heavy: only where something is fetched
+
+    with explain_errors(f"cannot fetch the dataset '{repo}' from the hub", "pass --dataset_path a local file or a URL"):
+        for branch in dict.fromkeys((revision, revision or "refs/convert/parquet")):
+            names = HfApi().list_repo_files(repo, repo_type="dataset", revision=branch)
+            names = [name for name in names if name.endswith(".parquet")]
+            if names:
+                break
+        else:
+            raise UserError(
+                f"the dataset '{repo}' holds no parquet files, nor has the hub made any; download its files"
+            )
+        names = files_of_config(repo, names, config)
+        folder = snapshot_download(repo, repo_type="dataset", revision=branch, allow_patterns=names)
+    splits = {name: split_in(name) for name in names}
+    wanted = name_splits(dict.fromkeys(filter(None, splits.values())), Path(repo))
+    read = {word: split for split, word in wanted.items()}
+    return [(read[word], Path(folder, name)) for name, word in sorted(splits.items()) if not read or word in read]
+
+
+def files_of_config(repo: str, names: list[str], config: str | None) -> list[str]:
+    """Those of a dataset's files that belong to a configuration: each has a folder, where there are several."""
+    folders = {name.split("/")[0] for name in names if "/" in name and split_in(name.split("/")[0]) is None} - {"data"}
+    if config is None:
+        config = "default" if "default" in folders else min(folders, default=None) if len(folders) == 1 else None
+        if config is None and folders:
+            raise UserError(
+                f"the dataset '{repo}' has the configurations {keys_found(sorted(folders))}; pass '{repo}:NAME'"
+            )
+    elif config not in folders:
+        raise UserError(f"the dataset '{repo}' has no configuration {config}, but {keys_found(sorted(folders))}")
+    return [name for name in names if config is None or name.split("/")[0] == config]
+
+
+def split_in(name: str) -> str | None:
+    """The word for a split in a file's name."""
+    words = SYNONYMS["training split"] + SYNONYMS["validation split"]
+    return next((word for word in reversed(re.split(r"[^a-z]+", name.lower())) if word in words), None)
 
 
 def read_bytes(path: Path) -> Content:
     """A file's content: unzipped where it is gzip, else mapped into memory and not read before it is used."""
-    if not os.path.exists(path):  # pathlib's own raises for names that are too long
-        raise UserError(f"no such dataset: {path}; pass --dataset_path a file or a URL")
     expected = "expected a whole, readable file"
     with explain_errors(f"cannot read {path}", expected, OSError, EOFError, zlib.error), open(path, "rb") as file:
         magic = file.read(2)
@@ -221,37 +125,31 @@ def read_bytes(path: Path) -> Content:
     return data[3:] if data[:3] == codecs.BOM_UTF8 else data
 
 
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(read_bytes(path)).hexdigest()
-
-
-def is_record(line: bytes | memoryview) -> bool:
-    """Whether a line is a JSON object with a dialog in it (JSON lines), not the start of a larger document."""
-    try:
-        keys = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-    except NO_JSON:
-        return False
-    return not keys.keys().isdisjoint(Record.__struct_fields__)
+def dataset_digest(name: str) -> str:
+    """A hash of a dataset's content. Takes no parsing."""
+    digests = [hashlib.sha256(read_bytes(path)).hexdigest() for _, path in dataset_files(name)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def read_dataset(name: str) -> Splits:
     """The dialogs of a dataset by split: {"train": ..., "valid": ...}, or {"all": ...} without splits.
 
     Args:
-        name: a path, a URL, or "" for PersonaChat. The format is told apart by content, not by name.
+        name: a path, a URL, the id of a dataset on the hub, or "" for PersonaChat.
     """
-    path = dataset_file(name)
-    data = read_bytes(path)
-    start, end = re.search(rb"\S.*|\Z", data).span()  # of the first line that is not blank
-    first = data[start : min(end, start + 20)]
-    if first[:1].isdigit():
-        return read_parlai(path, data)
-    if is_record(memoryview(data)[start:end]):  # a view, as the line may be the whole file
-        return read_json_lines(path, data)
-    if first[:1] in (b"{", b"["):
-        return read_json(path, data)
-    forget(path)  # maybe a page of the network that asks to log in
-    raise UserError(f"{path}: begins with {first!r}; {FORMATS}")
+    found: dict[str, list[Lazy]] = {}
+    for split, path in dataset_files(name):
+        try:
+            splits = read_content(path, read_bytes(path))
+        except UserError:
+            forget(path)  # maybe a page of the network that asks to log in
+            raise
+        for key, dialogs in splits.items():
+            found.setdefault(split or key, []).append(dialogs)
+    return {
+        split: several[0] if len(several) == 1 else Lazy(partial(chain.from_iterable, several))
+        for split, several in found.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,17 +168,21 @@ class Dialogs:
         dataset_path: a path or URL; "" is PersonaChat, None no training data at all.
         valid_path: the file whose "valid" split, or whose dialogs where it has no splits, are the validation split.
             "" takes the split of `dataset_path`, or holds out some of its dialogs.
+        whole: where there is no validation split, all dialogs are it, as nothing is to be trained.
     """
 
-    def __init__(self, dataset_path: str | None, valid_path: str = ""):
-        self.dataset_path, self.valid_path = dataset_path, valid_path
+    def __init__(self, dataset_path: str | None, valid_path: str = "", whole: bool = False):
+        self.dataset_path, self.valid_path, self.whole = dataset_path, valid_path, whole
         self.name = "PersonaChat" if dataset_path == "" else dataset_path or valid_path  # in messages
 
     @cached_property
     def digest(self) -> tuple[str, str]:
         """The SHA-256 of the content of `dataset_path` and `valid_path`; "" for one that is not given."""
         names = self.dataset_path, self.valid_path or None
-        return tuple("" if name is None else file_digest(dataset_file(name)) for name in names)
+        if self.whole and self.dataset_path is not None and not self.valid_path:
+            if "valid" not in read_dataset(self.dataset_path):
+                names = None, self.dataset_path  # other splits than a training makes of it
+        return tuple("" if name is None else dataset_digest(name) for name in names)
 
     @cached_property
     def splits(self) -> dict[str, Iterable[Dialog]]:
@@ -290,7 +192,9 @@ class Dialogs:
         if self.valid_path:
             given = read_dataset(self.valid_path)
             valid = given.get("valid") or given.get("all") or given["train"]
-        return hold_out(list(train), self.name) if valid is None else {"train": train, "valid": valid}
+        if valid is not None:
+            return {"train": train, "valid": valid}
+        return {"train": [], "valid": train} if self.whole else hold_out(list(train), self.name)
 
     @cached_property
     def personas(self) -> list[list[str]]:
@@ -311,18 +215,165 @@ class Dialogs:
 
 
 def hold_out(dialogs: list[Dialog], name: str) -> dict[str, list[Dialog]]:
-    """Hold out a tenth of the dialogs for validation, at most 500: the same ones every time."""
-    count = len(dialogs)
-    if count < 2:
+    """Hold out a tenth of the dialogs for validation, at most 500: the same ones every time.
+
+    Dialogs of one conversation stay together, as the one tells what is said in the other.
+    """
+    conversations = number_conversations(dialogs)
+    sizes = np.bincount(conversations, minlength=1)
+    if len(sizes) < 2:
+        count = min(len(dialogs), 1)
         raise UserError(
             f"{name} holds {count} dialog; expected one to train on and one to validate on, or --valid_path"
         )
-    size = max(1, min(count // 10, 500))
-    held_out = set(np.random.default_rng(SPLIT_SEED).permutation(count)[:size].tolist())
-    log.info(f"{name} has no validation split: {size} of its {count} dialogs are held out for it")
-    train = [dialog for number, dialog in enumerate(dialogs) if number not in held_out]
-    return {"train": train, "valid": [dialogs[number] for number in sorted(held_out)]}
+    size, held_out = max(1, min(len(dialogs) // 10, 500)), set()
+    for conversation in np.random.default_rng(SPLIT_SEED).permutation(len(sizes)).tolist():
+        if sizes[conversation] <= size:
+            held_out.add(conversation)
+            size -= sizes[conversation]
+    held_out = held_out or {int(sizes.argmin())}
+    splits = {"train": [], "valid": []}
+    for dialog, conversation in zip(dialogs, conversations, strict=True):
+        splits["valid" if conversation in held_out else "train"].append(dialog)
+    held = f"{len(splits['valid'])} of its {len(dialogs)} dialogs"
+    log.info(f"{name} has no validation split: {held} are held out for it")
+    return splits
 
+
+def number_conversations(dialogs: list[Dialog]) -> list[int]:
+    """The number of the conversation that each dialog is of.
+
+    ConvAI2 has each conversation twice, each time with another of its speakers as the bot. The turns are the same, but
+    the last one is missing on the side of who did not say it.
+    """
+    numbers: list[int] = []
+    count, seen = 0, {}
+    for dialog in dialogs:
+        turns = tuple(text for last in dialog.utterances[-1:] for text in (*last.history, last.candidates[-1]))
+        # (turns, whether they are all): one side's turns are the other's without the last.
+        other = seen.get((turns, False)) if len(turns) > 1 else None
+        if other is None and len(turns) > 2:
+            other = seen.get((turns[:-1], True))
+        numbers.append(count if other is None else other)
+        count += other is None
+        seen.setdefault((turns, True), numbers[-1])
+        seen.setdefault((turns[:-1], False), numbers[-1])
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Personas
+# ------------------------------------------------------------------------------------------------------------
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PERSONA_FILES = "expected a sentence in each line, JSON, a dataset or a character card"
+BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+")
+CARD_KEYS = ("description", "personality", "scenario")
+
+
+def read_persona(name: str, option: str) -> list[str]:
+    """The persona in a file: sentences, JSON, a dataset, or a character card (JSON or PNG).
+
+    Args:
+        option: what named the file, for messages.
+    """
+    try:
+        data = typed_path(name).read_bytes()
+        text = card_in_png(data) if data.startswith(PNG) else data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
+    source = f"{option} {name}"
+    if text.lstrip()[:1] in ("{", "["):
+        sentences = persona_in_json(text, source, typed_path(name))
+    elif re.match(r"\s*\d+ (your|partner'?s) persona\s*:", text, re.I):
+        sentences = persona_in_dataset(typed_path(name), source)
+    else:
+        sentences = [sentence for line in text.splitlines() for sentence in persona_in_line(line.strip())]
+    sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
+    if not sentences:
+        raise UserError(f"{source} holds no persona; {PERSONA_FILES}")
+    return sentences
+
+
+def persona_in_line(line: str) -> list[str]:
+    """The sentence in a line of text, of a Markdown or YAML list, or of ParlAI; none in a heading or a fence."""
+    if re.match(r"#+ |---|\.\.\.$|```", line):
+        return []
+    line = BULLET.sub("", line, count=1) if BULLET.match(line) else line
+    if found := PERSONA_LINE.fullmatch(line):
+        return [found[2]] if found[1].lower() == "your" else []
+    key, colon, value = line.partition(":")
+    if colon and normal(key) in (*SYNONYMS["persona"], *CARD_KEYS):
+        value = value.strip()
+        if value in ("", "|", ">", "|-", ">-"):
+            return []
+        return re.findall(r"[^\s,\"'][^,\"']*", value[1:-1]) if value[0] + value[-1] == "[]" else [unquoted(value)]
+    if colon and normal(key) == "name" and value.strip():
+        return [f"My name is {unquoted(value.strip())}."]
+    return [unquoted(line)]
+
+
+def unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def persona_in_json(text: str, source: str, path: Path) -> list[str]:
+    with explain_errors(source, PERSONA_FILES, *NO_JSON):
+        try:
+            found = decode(text.encode(), dict[str, Any] | list[Any])
+        except msgspec.DecodeError:
+            if is_record(text.encode().lstrip().partition(b"\n")[0]):  # JSON lines
+                return persona_in_dataset(path, source)
+            raise
+        if isinstance(found, list):
+            return found if all(isinstance(each, str) for each in found) else persona_in_dataset(path, source)
+        card = found["data"] if isinstance(found.get("data"), dict) else found
+        if any(isinstance(card.get(key), str) for key in CARD_KEYS):
+            return persona_in_card(card, source)
+        return persona_in(Fields(found)) or persona_in_dataset(path, source)
+
+
+def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
+    """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
+    name = card.get("name") or ""
+    sentences = [f"My name is {name}."] if name else []
+    for key in CARD_KEYS:
+        sentences += persona_of(card.get(key) or "", f"$.{key}")
+    unread = [key for key in ("first_mes", "mes_example", "system_prompt", "character_book") if card.get(key)]
+    if unread:
+        log.info(f"{source}: a character card; not read: {', '.join(unread)}")
+    macros = {"{{char}}": name or "I", "<bot>": name or "I", "{{user}}": "you", "<user>": "you"}
+    pattern = re.compile("|".join(macros), re.I)
+    return [pattern.sub(lambda macro: macros[macro[0].lower()], sentence) for sentence in sentences]
+
+
+def card_in_png(data: bytes) -> str:
+    """The JSON of a character card in a picture: base64 in a text chunk, `ccv3` before `chara`."""
+    texts, place = {}, len(PNG)
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] == b"tEXt":
+            keyword, _, text = data[place + 8 : place + 8 + size].partition(b"\0")
+            texts[keyword.lower()] = text
+        place += size + 12  # length, type and checksum
+    card = texts.get(b"ccv3") or texts.get(b"chara")
+    if card is None:
+        raise OSError("a picture without a character card")
+    return base64.b64decode(card).decode("utf-8-sig")
+
+
+def persona_in_dataset(path: Path, source: str) -> list[str]:
+    """The first persona of a dataset."""
+    personas = [dialog.personality for dialogs in read_content(path, read_bytes(path)).values() for dialog in dialogs]
+    personas = [persona for persona in personas if persona]
+    if len({tuple(persona) for persona in personas}) > 1:
+        log.info(f"{source} is a dataset of {len(personas)} personas: the first one is taken")
+    return personas[0] if personas else []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Messages
+# ------------------------------------------------------------------------------------------------------------
 
 MAX_MESSAGE = 2000  # characters that a person may say at once: about a page, and more than a model sees
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from cli import Decoding, UserError, first_line
-from dialogs import NO_JSON, Dialogs, Message, Record, check_message, dialog_of
+from dialogs import Dialogs, check_message
 from generation import Conversation, PrefixCache, Reply
+from records import NO_JSON, dialog_of
 
 MAX_PERSONA = 50  # sentences
 MAX_CHOICES = 16
@@ -223,11 +224,12 @@ def asked_reply(request: ChatRequest, persona: list[str], decoding: Decoding) ->
     for message in request.messages:
         parts = message.content
         text = parts if isinstance(parts, str) else " ".join(part.text for part in parts)
-        messages.append(Message(message.role, text))
-    try:  # with a reply to come, as if it were a dialog to train on
-        dialog = dialog_of(Record(messages=[*messages, Message("assistant", "")]))
-    except ValueError as error:
-        raise UserError(f"messages: {first_line(error)}") from error
+        if message.role not in ("system", "developer", "user", "assistant"):
+            raise UserError(f"messages: expected role system, user or assistant, got {message.role[:40]}")
+        messages.append({"role": message.role, "content": text})
+    check_message(messages[-1]["content"])
+    # With a reply to come, as if it were a dialog to train on.
+    dialog = dialog_of({"messages": [*messages, {"role": "assistant", "content": "..."}]})
     *history, text = dialog.utterances[-1].history
     if any(message.role in ("system", "developer") for message in request.messages):
         persona = dialog.personality[:MAX_PERSONA]

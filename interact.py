@@ -29,8 +29,9 @@ from cli import (
     printable,
     run_script,
 )
-from dialogs import Dialogs, check_message, is_record, read_dataset
+from dialogs import Dialogs, check_message, read_dataset, read_persona
 from files import find_finetuned_model, typed_path, whole_files
+from formats import is_record
 from utils import load_tokenizer
 
 
@@ -84,15 +85,6 @@ def choose_persona(settings: ChatSettings, dialogs: Dialogs) -> list[str]:
         return random.choice(dialogs.personas)
     except UserError as error:
         raise UserError(f"{error}; or give a persona with --personality 'i like cats.'") from error
-
-
-def read_persona(name: str, option: str) -> list[str]:
-    """The lines of a text file, for the option or command that named it."""
-    try:
-        lines = typed_path(name).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def box(title: str, lines: list[str]) -> str:

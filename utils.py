@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, explain_errors, first_line, log, printable
-from dialogs import FORMATS, NO_JSON, SPLIT_SEED, Dialog, Dialogs
+from dialogs import SPLIT_SEED, Dialogs
 from files import ModelFiles, lock, typed_path, whole_files
+from records import FORMATS, NO_JSON, Dialog
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokenisation
@@ -277,7 +278,7 @@ CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "
 # ------------------------------------------------------------------------------------------------------------
 
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 N_DISTRACTORS = 19  # sampled where a reply comes without candidates, as many as ConvAI2 gives
 
 

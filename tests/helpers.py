@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dialogs import Dialog, Utterance, read_dataset
+from dialogs import read_dataset
+from records import Dialog, Utterance
 from utils import SpecialIds, Split
 
 ROOT = Path(__file__).resolve().parent.parent

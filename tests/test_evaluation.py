@@ -56,7 +56,6 @@ ORDINARY = dialog(
 ODD = dialog(
     [],
     ([], ["hello", "bye now", "Well,hello THERE...how's it going?I'm Ann!"]),  # no persona, no history; unspaced
-    (["x"], ["yes .", "no", ""]),  # an empty reply
     ([""], ["no", "Zürich?  naïve 42:17 ☃"]),  # letters, digits and signs that the vocabulary never saw
     # Seven turns, of which five are kept; the gold reply twice, as text.
     (["Bye", "no", "Hi!", "ok", "so?", "sea", "HOW are you?"], ["I'm  fine, thanks", "NO!", "I'm FINE , thanks."]),
@@ -411,7 +410,7 @@ def test_dictionary_and_its_distribution(dialog_model, load, splits_of) -> None:
 def test_what_a_person_would_notice(dialog_model, load, splits_of) -> None:
     history = ["what do you like", "i like tea", "Where do you live?"]
     persona = ["i like green tea.", "my dog is old."]
-    golds = ["i like tea", "paris", "to where we go", ""]
+    golds = ["i like tea", "paris", "to where we go", "!"]
     split = splits_of(
         {"train": [], "valid": [dialog(persona, *(([*history], ["no", gold]) for gold in golds))]},
         load(dialog_model("gpt2"))[1],
@@ -707,7 +706,7 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     output, predictions = tmp_path / "report.json", tmp_path / "predictions.jsonl"
     command(
         *("--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"),
-        *("--output", output, "--predictions", predictions, "--limit", 8, "--top_k", 7, "--seed", 5),
+        *("--output", output, "--predictions", predictions, "--limit", 7, "--top_k", 7, "--seed", 5),
     )
     report = json.loads(output.read_text())
     figures = report["figures"]
@@ -718,13 +717,13 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
         figures.keys()
         == {"hits@1", "hits@5", "hits@10", "word_ppl", "original_word_ppl", "token_ppl", "f1"} | noticed | counts
     )
-    assert figures["utterances"] == 8
-    expected = {"limit": 8, "top_k": 7, "seed": 5, "eval_type": "all", "model": str(dialog_model("gpt2"))}
+    assert figures["utterances"] == 7
+    expected = {"limit": 7, "top_k": 7, "seed": 5, "eval_type": "all", "model": str(dialog_model("gpt2"))}
     assert report["settings"] == report["settings"] | expected
     assert report["versions"]["torch"] == torch.__version__ and "transformers" in report["versions"]
 
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
-    given = [(each, turn) for each in DATA["valid"] for turn in each["utterances"]][:8]
+    given = [(each, turn) for each in DATA["valid"] for turn in each["utterances"]][:7]
     assert len(lines) == len(given)
     for line, (each, turn) in zip(lines, given, strict=True):
         assert (line["persona"], line["history"]) == (each["personality"], turn["history"])

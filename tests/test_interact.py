@@ -411,8 +411,8 @@ def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
     transcript.take_back()
     chat.turns.pop()
     dialogs = list(read_dataset(str(path))["all"])
-    assert len(dialogs) == 3
-    (utterance,) = dialogs[-1].utterances
+    assert [len(dialog.utterances) for dialog in dialogs] == [1, 2]  # the turns of one chat are one dialog
+    utterance = dialogs[-1].utterances[-1]
     assert [*utterance.history, *utterance.candidates] == chat.history
     assert dialogs[-1].personality == PERSONA
     assert interact.last_dialog(str(path)) == (PERSONA, chat.history)

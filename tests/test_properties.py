@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cli import Decoding, UserError
-from dialogs import Dialog, Utterance, read_dataset
+from dialogs import read_dataset
 from generation import draw, filtered_probabilities
 from helpers import IDS, make_split
 from inputs import Instances, build_prefix, collate, truncate
+from records import Dialog, Utterance
 from utils import DialogTokenizer, detokenize, learn_bpe, spacy_words
 
 settings.register_profile(

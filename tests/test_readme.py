@@ -25,7 +25,8 @@ import dialogs
 import files
 import interact
 import train
-from dialogs import Dialog, Utterance, read_dataset
+from dialogs import read_dataset
+from records import Dialog, Utterance
 from stand_ins import write_programs
 from tiny_models import write_gguf
 

@@ -1,0 +1,172 @@
+"""What people bring: files as other tools write them, each with what is read of it, and what is said to be left out."""
+
+import base64
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+
+from cli import UserError
+from dialogs import Dialogs, read_dataset, read_persona
+
+PERSONA = ["i bake bread.", "i live by the sea."]
+
+
+def lines(*records: dict) -> str:
+    return "\n".join(map(json.dumps, records))
+
+
+def read(path: Path) -> dict[str, list]:
+    """Of each split, of each dialog: persona, and history, candidates and further right replies of each utterance."""
+    return {
+        split: [
+            (dialog.personality, [(list(u.history), u.candidates, u.alternatives) for u in dialog.utterances])
+            for dialog in dialogs
+        ]
+        for split, dialogs in read_dataset(str(path)).items()
+    }
+
+
+def chat(role: str, content: str) -> list[dict]:
+    return [{role: "user", content: "hi"}, {role: "assistant", content: "hello"}]
+
+
+HELLO = (["hi"], ["hello"], [])
+READ = {
+    # ParlAI text
+    "labels": ("1 hi\thello|hey there", [([], [(["hi"], ["hello"], ["hey there"])])]),
+    "labels and candidates": ("1 hi\thello|hey\t\tno|hey|hello", [([], [(["hi"], ["no", "hello"], ["hey"])])]),
+    "the other side is silent": (
+        "1 hi\thello\n2 __SILENCE__\tare you there ?",
+        [([], [(["hi"], ["hello are you there ?"], [])])],
+    ),
+    "persona in the first turn": ("1 your persona: i bake.\\nhi\thello", [(["i bake."], [HELLO])]),
+    "capitals and spaces": ("1 Your  Persona :  i bake.\n2 hi\thello", [(["i bake."], [HELLO])]),
+    "text: and labels:": ("text:hi\tlabels:hello\tepisode_done:True", [([], [HELLO])]),
+    # keys
+    "persona": (lines({"persona": PERSONA, "dialog": ["hi", "hello"]}), [(PERSONA, [HELLO])]),
+    "personas": (lines({"personas": PERSONA, "dialog": ["hi", "hello"]}), [(PERSONA, [HELLO])]),
+    "system": (lines({"system": "i bake.", "messages": chat("role", "content")}), [(["i bake."], [HELLO])]),
+    "weight 0 is context": (
+        lines({"messages": [*chat("role", "content")[:1], {"role": "assistant", "content": "bad", "weight": 0},
+                            {"role": "user", "content": "so ?"}, {"role": "assistant", "content": "good"}]}),
+        [([], [(["hi", "bad", "so ?"], ["good"], [])])],
+    ),
+    # messages that are none
+    "a lone surrogate": ('{"dialog": ["look \\ud83d", "nice !"]}', [([], [(["look \ufffd"], ["nice !"], [])])]),
+    "content parts": (
+        lines({"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]}, *chat("role", "content")[1:],
+        ]}),
+        [([], [HELLO])],
+    ),
+    # datasets that are well known
+    "ShareGPT": (
+        lines({"conversations": [
+            {"from": "system", "value": "i bake."}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"},
+        ]}),
+        [(["i bake."], [HELLO])],
+    ),
+    "conversations of roles": (lines({"conversations": chat("role", "content")}), [([], [HELLO])]),
+    "prompt and completion": (lines({"prompt": "hi", "completion": "hello"}), [([], [HELLO])]),
+    "instruction and output": (lines({"instruction": "hi", "input": "", "output": "hello"}), [([], [HELLO])]),
+    "rows of utterances": (
+        lines(
+            {"conv_id": 1, "personality": PERSONA, "history": ["hi"], "candidates": ["no", "hello"]},
+            {"conv_id": 1, "personality": PERSONA, "history": ["hi", "hello", "so ?"], "candidates": ["no", "yes"]},
+        ),
+        [(PERSONA, [(["hi"], ["no", "hello"], []), (["hi", "hello", "so ?"], ["no", "yes"], [])])],
+    ),
+    "a table": ("prompt,response\nhi,hello\n", [([], [HELLO])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), READ.values(), ids=READ)
+def test_is_read(content, expected, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(content, encoding="utf-8")
+    assert read(path) == {"all": expected}
+
+
+@pytest.mark.parametrize(
+    ("names", "held_out"),
+    [(["validation"], "validation"), (["val"], "val"), (["dev"], "dev"), (["test"], "test"), (["dev", "test"], "dev")],
+)
+def test_splits_by_other_names(names, held_out, tmp_path, caplog):
+    """One of them is the validation split; of two, the first, and that is said."""
+    path = tmp_path / "file.json"
+    path.write_text(
+        json.dumps({"train": [{"dialog": ["a", "b"]}]} | {name: [{"dialog": [name, "c"]}] for name in names})
+    )
+    splits = Dialogs(str(path)).splits
+    assert [dialog.utterances[0].history[:] for dialog in splits["valid"]] == [[held_out]]
+    assert (len(names) == 1) or any(names[1] in message for message in caplog.messages)
+
+
+def test_what_is_left_out_is_counted(tmp_path, caplog):
+    path = tmp_path / "chats.jsonl"
+    messages = [*chat("role", "content"), {"role": "tool", "content": "12"}, {"role": "assistant", "content": None}]
+    path.write_text(lines({"messages": messages}, {"messages": messages, "bot_persona_id": 3}))
+    assert [utterances for _, utterances in read(path)["all"]] == [[HELLO]] * 2
+    (said,) = [message for message in caplog.messages if "not read" in message]
+    assert "role tool (2)" in said and "without text (2)" in said and "bot_persona_id (1)" in said
+
+
+def test_turns_of_one_chat_on_lines_of_their_own_are_held_out_together(tmp_path):
+    rows = [
+        {"personality": PERSONA, "utterances": [{"history": history, "candidates": [reply]}]}
+        for history, reply in [(["hi"], "hello"), (["hi", "hello", "so ?"], "yes"), (["hey"], "you"), (["yo"], "oh")]
+    ]
+    path = tmp_path / "transcript.jsonl"
+    path.write_text(lines(*rows))
+    assert [len(utterances) for _, utterances in read(path)["all"]] == [2, 1, 1]
+
+
+def test_keys_that_are_not_known_are_named_with_those_that_are(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text(lines({"foo": 1, "bar": 2}))
+    with pytest.raises(UserError, match="foo.*bar"):
+        read(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Personas
+# ------------------------------------------------------------------------------------------------------------
+
+CARD = {"spec": "chara_card_v2", "data": {"name": "Bruno", "personality": "kind", "scenario": "a shop"}}
+PERSONAS = {
+    "lines": ("i bake bread.\n\ni live by the sea.\n", PERSONA),
+    "JSON list": (json.dumps(PERSONA), PERSONA),
+    "JSON object": (json.dumps({"personality": PERSONA}), PERSONA),
+    "Markdown": ("# Bruno\n\n- i bake bread.\n- i live by the sea.\n", PERSONA),
+    "YAML": ("personality:\n  - i bake bread.\n  - i live by the sea.\n", PERSONA),
+    "ParlAI": ("your persona: i bake bread.\nyour persona: i live by the sea.\n", PERSONA),
+    "card": (json.dumps(CARD), ["My name is Bruno.", "kind", "a shop"]),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), PERSONAS.values(), ids=PERSONAS)
+def test_persona_file(content, expected, tmp_path):
+    path = tmp_path / "persona"
+    path.write_text(content)
+    assert read_persona(str(path), "--personality_file") == expected
+
+
+def test_persona_in_a_picture(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    text = b"chara\0" + base64.b64encode(json.dumps(CARD).encode())
+    path = tmp_path / "card.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"\0" * 13) + chunk(b"tEXt", text) + chunk(b"IEND", b""))
+    assert read_persona(str(path), "--personality_file") == ["My name is Bruno.", "kind", "a shop"]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "[]", "{}"])
+def test_persona_file_that_holds_none(content, tmp_path):
+    path = tmp_path / "persona"
+    path.write_text(content)
+    with pytest.raises(UserError, match=str(path)):
+        read_persona(str(path), "--personality_file")
