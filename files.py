@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -208,12 +208,21 @@ INSTEAD = {
 }
 
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+ADAPTER = "adapter"  # the folder with these in a run folder
+
+
 @dataclass
 class ModelFiles:
-    """A model on this machine: a folder, and the name of the .gguf file in it if it is one."""
+    """A model on this machine: a folder, and the name of the .gguf file in it if it is one.
+
+    Attributes:
+        adapters: folders of peft's adapters, to be merged into it one after the other.
+    """
 
     folder: Path
     gguf: str | None = None
+    adapters: tuple[Path, ...] = ()
 
     def has(self, *patterns: str) -> bool:
         return bool(self.gguf) or any(any(self.folder.glob(pattern)) for pattern in patterns)
@@ -231,6 +240,12 @@ class ModelFiles:
     def has_tokenizer(self) -> bool:
         names = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "merges.txt", "spiece.model"
         return self.has(*names) or bool(self.openai_vocabulary)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The newest adapter's, where it has a tokenizer: it may have tokens that the base has not."""
+        folders = [folder for folder in self.adapters if (folder / "tokenizer_config.json").exists()]
+        return folders[-1] if folders else self.folder
 
     @property
     def openai_vocabulary(self) -> dict[str, str]:
@@ -299,11 +314,15 @@ def check_folder(folder: Path) -> ModelFiles:
         UserError: it holds no configuration, or what there is besides is neither weights nor nothing.
     """
     files = ModelFiles(folder)
+    if is_adapter(folder):
+        return with_adapter(folder)
     if not files.has("config.json"):
         raise UserError(f"{folder} holds no config.json; expected a model folder, such as one that train.py wrote")
     refuse_pointers(*(path for name in ("*.json", "*.txt", "*.model", "*.bpe") for path in folder.glob(name)))
     if files.has_weights:
         return files
+    if is_adapter(folder / ADAPTER):  # a run of train.py --lora_save adapter
+        return with_adapter(folder / ADAPTER)
     if files.has("training_args.json"):
         reason = "as before a run's first evaluation"
         raise UserError(f"{folder} holds no weights, {reason}; go on with it: python train.py --resume {folder}")
@@ -313,6 +332,37 @@ def check_folder(folder: Path) -> ModelFiles:
             advice = next(text for pattern, text in INSTEAD.items() if re.search(pattern, path.name))
             raise UserError(f"{folder} holds no weights that are read here, but {path.name}; {advice}")
     return files
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft's and no model."""
+    return (folder / ADAPTER_CONFIG).exists() and not ModelFiles(folder).has_weights
+
+
+def with_adapter(folder: Path) -> ModelFiles:
+    """The model that an adapter names as its base, to be used with this adapter.
+
+    Raises:
+        UserError: the adapter's configuration names none, or the base cannot be found.
+    """
+    path = folder / ADAPTER_CONFIG
+    with explain_errors(f"cannot read {path}", "expected peft's JSON, with the name of a base model"):
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"the base is {base!r}")
+    try:
+        files = find_model(base)
+    except UserError as error:
+        raise UserError(f"the base that {path} names: {error}") from error
+    return replace(files, adapters=(*files.adapters, folder))
+
+
+def lasting_name(name: str) -> str:
+    """A model's name by which it is found from any working folder, and later on: `latest` moves."""
+    path = typed_path(name)
+    if is_url(name) or not os.path.exists(path):
+        return HUB_NAMES.get(name, name)
+    return str(find_run(name) if path.name == "latest" else path.resolve())
 
 
 def find_finetuned_model(name: str) -> ModelFiles:

@@ -21,12 +21,17 @@ from cli import BF16, Settings, UserError, option
 from inputs import Batch, Instance, collate
 from utils import SpecialIds
 
+LR = 6.25e-5
+LORA_LR = 10 * LR  # adapters begin at zero and are scaled: what trains all weights well hardly moves them
+
 
 @dataclass(frozen=True)
 class LearningSettings(Settings):
-    """Options of learning."""
+    """Options of learning. What is None by default is decided by the others: afterwards it says what holds."""
 
-    lr: float = option(6.25e-5, "learning rate, falling to 0 linearly", low=0)
+    lr: float | None = option(
+        None, f"learning rate, falling to 0 linearly; default: {LR}, with --lora {LORA_LR}", low=0
+    )
     lm_coef: float = option(1.0, "weight of the language-modelling loss", low=0)
     mc_coef: float = option(1.0, "weight of the multiple-choice loss", low=0)
     max_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
@@ -37,9 +42,19 @@ class LearningSettings(Settings):
     )
     bf16: bool = BF16
     gradient_checkpointing: bool = option(False, "use less memory and more time", may_change=True)
+    lora: int = option(0, "train low-rank adapters of this rank and not all weights (0: off)", low=0)
+    lora_alpha: int | None = option(None, "adapters count this over their rank; default: twice the rank", low=1)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lr is None:
+            object.__setattr__(self, "lr", LORA_LR if self.lora else LR)
+        if self.lora and self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", 2 * self.lora)
+        if self.lora_alpha and not self.lora:
+            raise UserError(f"--lora_alpha {self.lora_alpha} without --lora; give a rank, such as --lora 16")
+        if self.lora and self.fp16 == "O2":
+            raise UserError("--fp16 O2 keeps fp32 copies of all weights, and --lora trains few; use O1 or --bf16")
         if self.fp16 and self.bf16:
             raise UserError(f"--fp16 {self.fp16} and --bf16 are two precisions; give one of them")
 
@@ -100,6 +115,9 @@ class Learner:
     O0: all fp32. O1: fp32 weights, autocast to fp16, a loss scaler. O2: fp16 weights, fp32 master weights that the
     optimiser works on, a loss scaler. O3: all fp16, no scaler. bf16: fp32 weights, autocast.
 
+    With `settings.lora` the model gets an adapter, and only that is trained. In bf16 the frozen matrices are bf16 too:
+    autocast would cast them again in every forward pass.
+
     Attributes:
         model: to save and to look into.
         parallel: the same to call. Under a launcher its backward pass averages the gradients over all processes.
@@ -107,8 +125,14 @@ class Learner:
 
     def __init__(self, model, settings: LearningSettings, device: torch.device):
         self.model, self.device = model, device
-        self.weights = list(model.parameters())  # what the optimiser works on
+        if settings.lora:
+            model.add_adapter(settings.lora, settings.lora_alpha)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]  # what the optimiser works on
         self.autocast_to = torch.float16 if settings.fp16 == "O1" else torch.bfloat16 if settings.bf16 else None
+        if settings.lora and settings.bf16:
+            for weight in model.parameters():
+                if not weight.requires_grad and weight.ndim > 1:
+                    weight.data = weight.data.bfloat16()
         self.has_masters = settings.fp16 == "O2"
         if self.has_masters:
             self.weights = [weight.detach().clone().requires_grad_() for weight in self.weights]
@@ -122,6 +146,9 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16 in ("O1", "O2"))
         if settings.gradient_checkpointing:
             model.checkpoint_gradients()
+        if settings.bf16 and device.type == "cpu":
+            # The backward pass of torch's own kernel takes three times as long as that of plain matrix products.
+            model.lm.set_attn_implementation("eager")
         self.parallel = model
         if dist.is_initialized():
             self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -153,16 +180,22 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
 
+    def trained(self) -> dict[str, Tensor]:
+        """The model's state without what is frozen, which is as it was loaded."""
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+
     def state_dict(self) -> dict:
         return {
-            "model": self.model.state_dict(),
+            "model": self.trained(),
             "masters": self.weights if self.has_masters else [],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(self.model.state_dict() | state["model"])
         with torch.no_grad():
             for master, saved in zip(self.weights, state["masters"], strict=False):  # none are saved but in O2
                 master.copy_(saved)

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
 
+from adapters import add_adapter, has_adapter, look_up, merge_adapter, project, save_adapter, without_adapter
 from cli import UserError, explain_errors, first_line, log
 from files import ModelFiles, whole_files
 from inputs import Batch, Instance, collate
@@ -249,12 +250,12 @@ class DialogModel(nn.Module):
     def embed(self, tokens: Tensor, types: Tensor) -> Tensor:
         """Token embedding plus the embedding of the token's speaker: (B, T) -> (B, T, D). The body adds positions."""
         # Both in one lookup, because the gradient of a lookup is as large as the whole embedding.
-        return self.lm.get_input_embeddings()(torch.stack([tokens, types])).sum(0)
+        return look_up(self.lm.get_input_embeddings(), torch.stack([tokens, types])).sum(0)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), with the scaling and soft-capping that some architectures apply after their LM head."""
         config = self.lm.config.get_text_config()
-        logits = self.lm.get_output_embeddings()(hidden)
+        logits = project(self.lm.get_output_embeddings(), hidden)
         logits = logits * (getattr(config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
@@ -265,8 +266,18 @@ class DialogModel(nn.Module):
 
         Each file appears whole under its name or not at all.
         """
+        lm = without_adapter(self.lm) if has_adapter(self.lm) else self.lm
         with whole_files(folder) as partial:
-            self.lm.save_pretrained(partial)
+            lm.save_pretrained(partial)
+
+    def add_adapter(self, rank: int, alpha: int) -> None:
+        """From now on train only an adapter, the multiple-choice head and the five tokens (see adapters.py)."""
+        ids = self.ids
+        add_adapter(self.lm, rank, alpha, [ids.bos, ids.eos, ids.pad, ids.speaker1, ids.speaker2])
+
+    def save_adapter(self, folder: Path, tokenizer: DialogTokenizer, base: str) -> None:
+        """Write the adapter alone, to be loaded by `--model` or by peft; `base` names the model that it belongs on."""
+        save_adapter(self.lm, folder, tokenizer, base)
 
     def checkpoint_gradients(self) -> None:
         """From now on keep only each layer's input for the backward pass, and compute the rest again there."""
@@ -329,7 +340,8 @@ def same_numbers(vectors: Tensor, expected: Tensor) -> bool:
 def load_model(
     files: ModelFiles, tokenizer: DialogTokenizer, device: torch.device, from_scratch: bool = False
 ) -> DialogModel:
-    """The model in a folder, .gguf or unpacked archive, in float32, with rows for the tokenizer's special tokens.
+    """The model in a folder, .gguf or unpacked archive, in float32, with rows for the tokenizer's special tokens and
+    its adapters merged.
 
     Args:
         from_scratch: a folder without weights gives a freshly initialised model; else that is an error.
@@ -350,6 +362,8 @@ def load_model(
         )
     if lm.get_input_embeddings().num_embeddings != len(tokenizer):
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for folder in files.adapters:
+        lm = merge_adapter(lm, folder)
     special = {f"{name}_token_id": getattr(tokenizer.ids, name) for name in ("bos", "eos", "pad")}
     for config in (lm.config, lm.config.get_text_config()):
         config.update(special)

@@ -40,7 +40,18 @@ from cli import (
     run_script,
 )
 from dialogs import Dialogs
-from files import HUB_NAMES, ModelFiles, find_model, find_run, is_url, remove_unfinished, typed_path, whole_files
+from files import (
+    ADAPTER,
+    HUB_NAMES,
+    ModelFiles,
+    find_model,
+    find_run,
+    is_url,
+    lasting_name,
+    remove_unfinished,
+    typed_path,
+    whole_files,
+)
 from inputs import Batch, Instances, batches_by_length
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from runs import (
@@ -77,7 +88,19 @@ class TrainingSettings(LearningSettings, DatasetSettings):
     keep_best: bool = option(False, "keep the epoch of best Hits@1, and not the last one", may_change=True)
     runs_dir: str = option(str(RUNS), "where run folders are made", may_change=True)
     resume: str = option("", "go on with this run folder, such as runs/latest, and its options", may_change=True)
+    lora_save: str = option(
+        "both",
+        "with --lora: write the merged model and the adapter, or the adapter only",
+        choices=("both", "adapter"),
+        may_change=True,
+    )
     base_model: str = ""  # the hub's id of what training started from; "" where it has none
+    lora_base: str = ""  # what the adapter of --lora names as its base
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_save == "adapter" and not self.lora:
+            raise UserError("--lora_save adapter without --lora; give a rank, such as --lora 16")
 
     @property
     def step_size(self) -> int:
@@ -92,7 +115,8 @@ def parse_settings() -> TrainingSettings:
     if settings.resume:
         return resumed_settings(parser, find_run(settings.resume))
     local = is_url(settings.model) or os.path.exists(os.path.expanduser(settings.model))
-    return replace(settings, base_model="" if local else HUB_NAMES.get(settings.model, settings.model))
+    base_model = "" if local else HUB_NAMES.get(settings.model, settings.model)
+    return replace(settings, base_model=base_model, lora_base=lasting_name(settings.model) if settings.lora else "")
 
 
 def resumed_settings(parser: Parser, folder: Path) -> TrainingSettings:
@@ -123,7 +147,10 @@ def training_command(settings: TrainingSettings) -> str:
     words = []
     for name, known in settings.options().items():
         value = getattr(settings, name)
-        if value != known.default and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
+        left_out = value == known.default
+        if known.default is None:  # then the other options decide it
+            left_out = replace(settings, **{name: None}) == settings
+        if not left_out and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
 
@@ -256,7 +283,7 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
 SAMPLES = 4  # validation utterances that each evaluation shows a reply to
 
 
-def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
+def sample_replies(learner: Learner, valid: Instances, tokenizer, seed: int) -> list[dict]:
     """Replies to a few utterances, always the same ones, drawn as interact.py does by default.
 
     Each has a generator of its own, so that nothing else that is random changes.
@@ -264,10 +291,11 @@ def sample_replies(model, valid: Instances, tokenizer, seed: int) -> list[dict]:
     from generation import generate_replies
 
     rows = range(0, len(valid), math.ceil(len(valid) / SAMPLES))
-    longest = min(Decoding.max_length, model.limit // 2)
+    longest = min(Decoding.max_length, learner.model.limit // 2)
     prefixes, rooms = zip(*(valid.prefix(row, longest) for row in rows), strict=True)
     generators = [torch.Generator().manual_seed(seed + row) for row in rows]
-    replies = generate_replies(model, prefixes, Decoding(max_length=min(rooms)), generators)
+    with learner.autocast():
+        replies = generate_replies(learner.model, prefixes, Decoding(max_length=min(rooms)), generators)
     return [
         {
             "persona": valid.split.persona_texts(row),
@@ -403,7 +431,14 @@ class Run:
             with whole_files(self.folder) as partial:
                 describe(partial, self.folder, progress.best, self.settings, command, cut)
                 if better:
-                    self.learner.model.save(self.folder)  # first, so that the card never describes older weights
+                    self.save_model()  # first, so that the card never describes older weights
+
+    def save_model(self) -> None:
+        settings, model = self.settings, self.learner.model
+        if settings.lora:
+            model.save_adapter(self.folder / ADAPTER, self.tokenizer, settings.lora_base)
+        if not settings.lora or settings.lora_save == "both":
+            model.save(self.folder)
 
     def end_epoch(self) -> None:
         self.save_state()  # first: a run that is resumed from here evaluates again
@@ -416,7 +451,7 @@ class Run:
             Stopped: a signal asked for the end. The state is not saved yet.
         """
         settings, progress, trainer = self.settings, self.progress, self.trainer
-        sample = partial(sample_replies, self.learner.model, self.valid_set, self.tokenizer, settings.seed)
+        sample = partial(sample_replies, self.learner, self.valid_set, self.tokenizer, settings.seed)
         with contextlib.ExitStack() as stack:
             if idist.get_rank() == 0:
                 stack.enter_context(progress_bars(trainer, self.evaluator))
@@ -473,6 +508,8 @@ def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device)
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
     from model import load_model  # heavy: after all that can be told to be wrong at once
 
+    if settings.lora and not files.has_weights:
+        raise UserError(f"{files.folder} holds no weights that --lora could keep; leave it out to train from scratch")
     model = load_model(files, tokenizer, device, from_scratch=True)
     build = partial(Instances, ids=tokenizer.ids, max_history=settings.max_history, limit=model.limit)
     rotations = settings.personality_permutations
@@ -482,15 +519,21 @@ def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device)
     return model, tokenizer, train, build(splits["valid"])
 
 
-def tell_sizes(model, train: Instances, valid: Instances, device: torch.device) -> None:
+def tell_sizes(learner: Learner, train: Instances, valid: Instances, settings: TrainingSettings) -> None:
     """What will be trained, on what, and where."""
     for name, instances in (("training", train), ("validation", valid)):
         instances.report_truncation(name)
-    parameters, others = sum(parameter.numel() for parameter in model.parameters()), idist.get_world_size() - 1
+    all_weights, others = sum(weight.numel() for weight in learner.model.parameters()), idist.get_world_size() - 1
     log.info(
-        f"{parameters / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, {device}"
-        + (f" and {others} more" if others else "")
+        f"{all_weights / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, "
+        f"{learner.device}" + (f" and {others} more" if others else "")
     )
+    if settings.lora:
+        trained = sum(weight.numel() for weight in learner.weights)
+        log.info(
+            f"trained are {trained:,} of them: adapters of rank {settings.lora}, the multiple-choice head and the "
+            f"embeddings of five tokens; learning rate {settings.lr:.3g}"
+        )
 
 
 def main() -> None:
@@ -504,11 +547,11 @@ def main() -> None:
     folder = run_to_go_on_with(settings, launchers)
     state = newest_checkpoint(folder) if folder else None
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
-        files = ModelFiles(folder) if state else find_model(settings.model)
+        # The run folder has it all but, with --lora, the frozen weights as they were.
+        files = ModelFiles(folder) if state and not settings.lora else find_model(settings.lora_base or settings.model)
         model, tokenizer, train, valid = prepare(settings, files, device)
-    tell_sizes(model, train, valid, device)
-
     learner, progress = Learner(model, settings, device), Progress()
+    tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
     if state:
         restore(state, learner, progress, len(train), settings)

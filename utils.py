@@ -159,10 +159,14 @@ def load_tokenizer(
         return DialogTokenizer(learn_bpe(texts, size), pre_tokenizer)
     from transformers import AutoTokenizer
 
-    source = {"gguf_file": files.gguf} if files.gguf else {"config": load_config(files), **files.openai_vocabulary}
+    folder = files.tokenizer_folder
+    if not files.gguf:
+        source = {"config": load_config(files), **files.openai_vocabulary}
+    else:  # it has no config.json; nor does a GGUF file know the tokens that an adapter's tokenizer has
+        source = {"gguf_file": files.gguf} if folder == files.folder else {}
     # transformers raises many types for a tokenizer it cannot read.
-    with explain_errors(f"cannot read the tokenizer in {files.folder}", "expected one of transformers'"):
-        hf = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **source)
+    with explain_errors(f"cannot read the tokenizer in {folder}", "expected one of transformers'"):
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
     if not files.gguf:
         check_vocabulary(hf, files)
     return DialogTokenizer(hf, pre_tokenizer)

@@ -23,32 +23,15 @@ from files import ModelFiles
 from helpers import run_python
 from inputs import Instance, collate
 from model import gold_ranks, load_model
-from tiny_models import write_gguf
+from tiny_models import PACKED, RAGGED, make_instances, write_gguf
 from utils import load_tokenizer
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
-PACKED = ("openai-gpt", "gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "cohere", "granite", "opt", "gpt_neox")
 PADDED = ("bloom", "mpt", "gpt_neo", "mamba")
 
 # (length of the prefix, lengths of the candidates) of each row in a batch.
 ONE_SHAPE = [(9, [4, 6])] * 2
-RAGGED = [(9, [3, 5]), (4, [1, 2, 6]), (14, [4]), (3, [7, 1])]
 WIDE = [(60, [15] * 6), (5, [2])]  # packed, the first row is longer than any model here takes; unpacked, it is not
-
-
-def make_instances(ids, shapes) -> list[Instance]:
-    """Rows of random tokens of these shapes, each candidate with <eos> behind it."""
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(10, 200, (count,)).tolist()
-
-    def speakers(count: int) -> list[int]:
-        return [(ids.speaker1, ids.speaker2)[choice] for choice in torch.randint(2, (count,)).tolist()]
-
-    return [
-        Instance(tokens(prefix), speakers(prefix), [[*tokens(size - 1), ids.eos] for size in candidates])
-        for prefix, candidates in shapes
-    ]
 
 
 def padded_rows(instances: list[Instance], ids) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cli
 import inputs
@@ -187,13 +188,14 @@ def uninterrupted(options, tmp_path_factory: pytest.TempPathFactory):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_same_losses_on_one_and_two_processes(options, make_model, tmp_path):
+@pytest.mark.parametrize("what", [[], ["--lora", 4]], ids=["all weights", "an adapter"])
+def test_same_losses_on_one_and_two_processes(what, options, make_model, tmp_path):
     """Dropout off, the same global batch: 24 steps, with an epoch's last step leaving nothing to the second process."""
     no_dropout = {name: 0.0 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout")}
     model = make_model(tmp_path / "model", "gpt2", **no_dropout)
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
-        training(folder, *options(folder, world_size, model), world_size=world_size)
+        training(folder, *options(folder, world_size, model), *what, world_size=world_size)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 24 and one[24] < 0.9 * one[1]
     assert_same_losses(two, one, within=1e-4)
@@ -388,6 +390,23 @@ def test_killed_on_two_processes(options, uninterrupted, tmp_path):
     assert max(losses(tmp_path)) < 24
     resume(tmp_path, world_size=2)
     assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
+
+
+def test_an_adapter_goes_on_from_a_checkpoint_of_what_is_trained(options, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    training(whole, *options(whole, 2), "--lora", 4, world_size=2)
+    stop = {"number": signal.SIGKILL, "steps": 9}
+    lora = "--lora", 4, "--lora_save", "adapter"
+    training(killed, *options(killed, 2), *lora, world_size=2, status=None, signalled=stop)
+    resume(killed, world_size=2)
+    assert_same_losses(losses(killed), losses(whole), within=1e-5)
+    folders = [find_run(folder / "runs" / "latest") for folder in (whole, killed)]
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders]
+    torch.testing.assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-4)
+    assert [(folder / "model.safetensors").exists() for folder in folders] == [True, False]
+    state = runs.read_checkpoint(runs.checkpoints(folders[0])[-1])["learner"]
+    sizes = {name: tensor.numel() for name, tensor in state["model"].items() if "trainable_tokens_original" not in name}
+    assert sum(sizes.values()) == sum(tensor.numel() for tensor in adapters[0].values()) + 5 * 32  # tied: twice there
 
 
 def test_signals_save_and_another_number_of_processes_goes_on(options, uninterrupted, tmp_path):

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from files import find_model
+from inputs import Instance
 from model import DialogModel, load_model
 from utils import DialogTokenizer, load_tokenizer
 
@@ -64,6 +65,27 @@ SIZES = {
     },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
 }
+
+# The kinds whose candidates may share a prefix in one row
+PACKED = ("openai-gpt", "gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "cohere", "granite", "opt", "gpt_neox")
+
+# (length of the prefix, lengths of the candidates) of each row in a batch
+RAGGED = [(9, [3, 5]), (4, [1, 2, 6]), (14, [4]), (3, [7, 1])]
+
+
+def make_instances(ids, shapes) -> list[Instance]:
+    """Rows of random tokens of these shapes, each candidate with <eos> behind it."""
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 200, (count,)).tolist()
+
+    def speakers(count: int) -> list[int]:
+        return [(ids.speaker1, ids.speaker2)[choice] for choice in torch.randint(2, (count,)).tolist()]
+
+    return [
+        Instance(tokens(prefix), speakers(prefix), [[*tokens(size - 1), ids.eos] for size in candidates])
+        for prefix, candidates in shapes
+    ]
 
 
 def write_tokenizer(folder: Path, kind: str, vocab_size: int) -> int:
