@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cli import UserError, first_line
-from files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, make_folder, whole_files
+from files import make_folder, whole_files
+from model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from utils import DialogTokenizer
 
 NAME = "default"  # peft's own name for the only adapter of a model

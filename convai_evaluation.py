@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from cli import RERANK, DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
 from dialogs import Dialogs
-from files import find_finetuned_model, typed_path
+from files import typed_path
 from inputs import Batch, Instances, batches_by_length
 from metrics import Spelling, WordModel, perplexity, ranking_figures, reply_figures
+from model_files import find_finetuned_model
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
 
 # Published figures, for context: (Hits@1 in %, PPL per word by the original toolkit's table, F1 in %).

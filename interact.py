@@ -30,8 +30,9 @@ from cli import (
     run_script,
 )
 from dialogs import Dialogs, check_message, read_dataset, read_persona
-from files import find_finetuned_model, typed_path, whole_files
+from files import typed_path, whole_files
 from formats import is_record
+from model_files import find_finetuned_model
 from utils import load_tokenizer
 
 

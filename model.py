@@ -23,8 +23,9 @@ from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, Ope
 
 from adapters import add_adapter, has_adapter, look_up, merge_adapter, project, save_adapter, without_adapter
 from cli import UserError, explain_errors, first_line, log
-from files import ModelFiles, whole_files
+from files import whole_files
 from inputs import Batch, Instance, collate
+from model_files import ModelFiles, read_gguf
 from utils import DialogTokenizer, SpecialIds, load_config
 
 # We say ourselves what matters in transformers' load reports.
@@ -400,7 +401,8 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # we name them
     try:
         if files.gguf:
-            config, options["state_dict"] = gguf_tensors(files)
+            quantised = read_gguf(path)
+            config, options["state_dict"] = quantised.config, quantised.state_dict()
         else:
             config, options["state_dict"] = load_config(files), read_tensors(files.weights)
         lm, report = causal_lm_class(config).from_pretrained(None, config=config, **options)
@@ -442,19 +444,6 @@ def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
                     raise ValueError(f"{name} is a {type(tensor).__name__}")
             tensors |= {WRAPPERS.sub("", name): tensor for name, tensor in found.items()}
     return tensors
-
-
-def gguf_tensors(files: ModelFiles):
-    """Config and state dict of a .gguf file.
-
-    transformers marks the model that it loads as quantised, and then refuses `.half()`; a plain one is built of these.
-    """
-    from transformers import AutoModelForCausalLM
-
-    quantised = AutoModelForCausalLM.from_pretrained(files.folder, gguf_file=files.gguf, dtype=torch.float32)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        quantised.config.__dict__.pop(name, None)
-    return quantised.config, quantised.state_dict()
 
 
 def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:

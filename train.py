@@ -40,20 +40,10 @@ from cli import (
     run_script,
 )
 from dialogs import Dialogs
-from files import (
-    ADAPTER,
-    HUB_NAMES,
-    ModelFiles,
-    find_model,
-    find_run,
-    is_url,
-    lasting_name,
-    remove_unfinished,
-    typed_path,
-    whole_files,
-)
+from files import is_url, remove_unfinished, typed_path, whole_files
 from inputs import Batch, Instances, batches_by_length
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
+from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
 from runs import (
     RUNS,
     Progress,

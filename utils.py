@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from cli import UserError, explain_errors, first_line, log, printable
 from dialogs import SPLIT_SEED, Dialogs
-from files import ModelFiles, lock, typed_path, whole_files
+from files import lock, typed_path, whole_files
+from model_files import ModelFiles
 from records import FORMATS, NO_JSON, Dialog
 
 # ------------------------------------------------------------------------------------------------------------

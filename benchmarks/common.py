@@ -16,8 +16,8 @@ import torch
 from benchmarks import plain
 from cpu import cpu_has_bf16, optimize_for_cpu_inference
 from dialogs import Dialogs
-from files import find_model
 from inputs import Instances
+from model_files import find_model
 from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
 
 SAMPLE = str(Path(__file__).resolve().parent.parent / "data" / "sample.json")

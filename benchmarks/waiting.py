@@ -13,7 +13,7 @@ TOP = Path(__file__).resolve().parent.parent
 PREPARE = """
 import sys, time
 from dialogs import Dialogs
-from files import find_model
+from model_files import find_model
 from utils import load_dataset, load_tokenizer
 model, dataset, valid, cache = sys.argv[1:]
 tokenizer = load_tokenizer(find_model(model))

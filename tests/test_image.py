@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from files import FINETUNED_URL
+from model_files import FINETUNED_URL
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))

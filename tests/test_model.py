@@ -19,10 +19,10 @@ from transformers import (
 import cpu
 from cli import UserError
 from cpu import PackedLinear, optimize_for_cpu_inference
-from files import ModelFiles
 from helpers import run_python
 from inputs import Instance, collate
 from model import gold_ranks, load_model
+from model_files import ModelFiles
 from tiny_models import PACKED, RAGGED, make_instances, write_gguf
 from utils import load_tokenizer
 

@@ -22,8 +22,8 @@ import pytest
 import cli
 import convai_evaluation
 import dialogs
-import files
 import interact
+import model_files
 import train
 from dialogs import read_dataset
 from records import Dialog, Utterance
@@ -261,10 +261,10 @@ def workplace(tmp_path_factory, tiny, dialog_model):
 
     kinds = {"openai-community/openai-gpt": "openai-gpt", "openai-community/gpt2": "gpt2", "Qwen/Qwen3-0.6B": "qwen3"}
     write_hub_cache(top / "hub", {name: tiny(kind) for name, kind in kinds.items()})
-    for url in (dialogs.PERSONACHAT_URL, files.FINETUNED_URL):
+    for url in (dialogs.PERSONACHAT_URL, model_files.FINETUNED_URL):
         (far / url.removeprefix("https://")).parent.mkdir(parents=True)
     (far / dialogs.PERSONACHAT_URL.removeprefix("https://")).write_text(sample)
-    with tarfile.open(far / files.FINETUNED_URL.removeprefix("https://"), "w:gz") as archive:
+    with tarfile.open(far / model_files.FINETUNED_URL.removeprefix("https://"), "w:gz") as archive:
         archive.add(dialog_model("openai-gpt"), ".")
     write_gguf(top / "tiny.gguf", tiny("llama"))
 

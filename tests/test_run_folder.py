@@ -21,9 +21,9 @@ import card
 import runs
 import train
 from cli import Decoding, UserError, log
-from files import find_run
 from generation import generate_replies
 from inputs import build_prefix
+from model_files import find_run
 from tiny_models import TEXTS
 
 

@@ -27,9 +27,10 @@ import learner
 import runs
 import train
 from cli import UserError
-from files import find_run, whole_files
+from files import whole_files
 from helpers import signal_after
 from inputs import Instance
+from model_files import find_run
 from runs import new_run_folder
 from utils import SpecialIds
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli import UserError
-from files import ModelFiles
+from model_files import ModelFiles
 from utils import DialogTokenizer, detokenize, learn_bpe, load_config_dict, load_tokenizer, spacy_words
 
 OURS = ["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]

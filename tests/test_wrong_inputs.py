@@ -27,10 +27,11 @@ import runs
 import train
 from cli import Decoding, UserError, explain_errors, run_script
 from dialogs import Dialogs, read_dataset
-from files import download, find_model, unpack
+from files import download, unpack
 from generation import Conversation
 from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, json_lines, kept, member, read, write_tar
 from inputs import Instances
+from model_files import find_model
 from records import EXPECTED, FORMATS
 from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
 

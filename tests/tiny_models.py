@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from files import find_model
 from inputs import Instance
 from model import DialogModel, load_model
+from model_files import find_model
 from utils import DialogTokenizer, load_tokenizer
 
 TEXTS = [

