@@ -38,6 +38,17 @@ With the toolkit, `.` being this folder (or its name on the hub):
 python interact.py --model_checkpoint . --personality "i like cats." --personality "i live in rome."
 ```
 
+{recipe}
+| token | what it means |
+| --- | --- |
+| `<bos>` | begins the persona; the sentences of the persona follow, as `<speaker1>`'s |
+| `<speaker2>` | begins an utterance of the person who talks to the model |
+| `<speaker1>` | begins an utterance of the model; the last one begins the reply |
+| `<eos>` | ends the reply; the multiple-choice head reads it |
+| `<pad>` | fills up a batch |
+"""
+# How to use a checkpoint without the toolkit: one with token types, and one that has none.
+TOKEN_TYPES = """\
 In plain transformers. Every token has a second embedding, added to its own: that of its speaker.{cut}
 
 ```python
@@ -57,17 +68,42 @@ while len(reply) < 20 and not set(reply) & set(tokenizer.all_special_ids):
         reply.append(model(inputs_embeds=hidden).logits[0, -1].argmax().item())
 print(tokenizer.decode(reply, skip_special_tokens=True))
 ```
+"""
+PLAIN = """\
+In plain transformers, with the persona as the system message:
 
-| token | what it means |
-| --- | --- |
-| `<bos>` | begins the persona; the sentences of the persona follow, as `<speaker1>`'s |
-| `<speaker2>` | begins an utterance of the person who talks to the model |
-| `<speaker1>` | begins an utterance of the model; the last one begins the reply |
-| `<eos>` | ends the reply; the multiple-choice head reads it |
-| `<pad>` | fills up a batch |
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".").eval()
+messages = [{"role": "system", "content": "i like cats."}, {"role": "user", "content": "do you have a pet ?"}]
+row = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+reply = model.generate(**row, max_new_tokens=20, do_sample=False)[0, row["input_ids"].shape[1] :]
+print(tokenizer.decode(reply, skip_special_tokens=True))
+```
+
+The chat template gives the tokens that the model was trained on: they were compared on up to 200 dialogs of the
+validation split. So engines that read it serve this folder as it is:
+
+```bash
+vllm serve .
+transformers serve            # and ask for this folder as the model
+mlx_lm.server --model .
+```
+"""
+NO_TEMPLATE = """\
+There is no chat template: none gives the tokens that the model was trained on, for its tokenizer joins or changes what
+stands beside special tokens. The rows are those of this table.
 """
 SPACY = """ This model learned from
 text cut as spaCy cuts it (`do n't`), which the toolkit does too; its tokenizer alone cuts otherwise (`don ' t`)."""
+
+
+def recipe(tokenizer) -> str:
+    """How to use a checkpoint with this tokenizer without the toolkit, for its card."""
+    if tokenizer.ids.token_types:
+        return TOKEN_TYPES.format(cut=SPACY if tokenizer.pre_tokenizer == "spacy" else "")
+    return PLAIN if tokenizer.hf.chat_template else NO_TEMPLATE
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -128,7 +164,7 @@ def describe(
     best: tuple[float, float] | None,
     settings,
     command: str,
-    pre_tokenizer: str | None,
+    tokenizer,
 ) -> None:
     """Write `curves.png` and the model card `README.md` of a run folder, from its log.
 
@@ -137,6 +173,7 @@ def describe(
         best: Hits@1 and -nll of the epoch whose weights the run folder gets or keeps; None: the last validation's.
         settings: train.py's; `base_model` is the hub's id of what training started from, "" where it has none.
         command: that trains such a model.
+        tokenizer: the model's, with a chat template where one gives its rows.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -170,6 +207,6 @@ def describe(
         dataset=dataset,
         command=command,
         table=results_table(steps, validations, kept),
-        cut=SPACY if pre_tokenizer == "spacy" else "",
+        recipe=recipe(tokenizer),
     )
     (partial / "README.md").write_text(f"---\n{about.to_yaml()}\n---\n\n{text}", encoding="utf-8")

@@ -192,6 +192,8 @@ class Settings:
         group = parser.add_argument_group(cls.__doc__.split("\n")[0].rstrip("."))
         for name, option in cls.options().items():
             kind = kind_of(option)
+            if kind is bool and option.default is None:  # as it is by itself, on or off
+                group.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help="the opposite")
             how = {
                 bool: {"action": "store_true"},
                 list: {"action": "append"},

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cli import RERANK, DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
 from dialogs import Dialogs
 from files import typed_path
-from inputs import Batch, Instances, batches_by_length
+from inputs import Batch, Instances, batches_by_length, sentences_inside
 from metrics import Spelling, WordModel, perplexity, ranking_figures, reply_figures
 from model_files import find_finetuned_model
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
@@ -239,6 +239,7 @@ def evaluate(
         model.limit,
         num_candidates=0 if "hits@1" in wanted else 1,
         extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else {},
+        inside=sentences_inside(split, tokenizer),
     )
     instances.report_truncation("validation")
     rank_by = choose_ranking(model, settings.rank_by) if "hits@1" in wanted else "mc"

@@ -154,13 +154,21 @@ def sample(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozens
 Layers = list[tuple[Tensor, Tensor]]  # each layer's keys and values, (R, heads, S, head size)
 
 
+class CacheLayer(StaticLayer):
+    """Keys and values in columns that are there from the start. Under autocast, some models' are of different types."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.values = self.values.to(value_states.dtype)
+
+
 def new_cache(layers: Layers, columns: int) -> Cache:
     """A cache with room for `columns` columns, of which the first are given.
 
     transformers' default cache has no room to spare: it copies everything for each new token, which takes a third of
     a decoding step of 32 rows.
     """
-    cache = Cache(layer_class_to_replicate=partial(StaticLayer, columns))
+    cache = Cache(layer_class_to_replicate=partial(CacheLayer, columns))
     for index, (keys, values) in enumerate(layers):
         cache.update(keys, values, index)
     return cache
@@ -450,7 +458,7 @@ class Conversation:
         history = [ids for turn in self.turns for ids in turn.ids] + [message]
         # At most half of what the model takes: the rest is for what is replied to.
         longest = min(self.decoding.max_length, self.model.limit // 2)
-        persona = self.tokenizer.encode(self.persona)  # each time: it may have changed, and takes no time
+        persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
         whole = token_counts(persona, history[-self.n_history :])
         persona, history, longest = truncate(persona, history[-self.n_history :], longest, self.model.limit)
         fitting = token_counts(persona, history)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cli import log
-from utils import Ragged, SpecialIds, Split
+from utils import DialogTokenizer, Ragged, SpecialIds, Split
 
 Prefix = tuple[list[int], list[int]]  # the tokens before a reply, and each one's token type
 
@@ -76,6 +76,8 @@ class Instances(torch.utils.data.Dataset):
         permutations: rotations of the persona's sentences; instance i is utterance `i % len(split)`, rotated by
             `i // len(split)` sentences.
         extras: by the string number of a gold reply, tokens that the instance gets as `extra`.
+        inside: by the string number of a sentence of a persona, its tokens where it follows another; where it has none,
+            they are the same (see `DialogTokenizer.encode_persona`).
     """
 
     split: Split
@@ -85,6 +87,7 @@ class Instances(torch.utils.data.Dataset):
     num_candidates: int = 0
     permutations: int = 1
     extras: dict[int, list[int]] = field(default_factory=dict)
+    inside: dict[int, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.split) * self.permutations
@@ -107,7 +110,9 @@ class Instances(torch.utils.data.Dataset):
         if rotation:
             persona = np.roll(persona, rotation)
         history = self.split.history[utterance][-self.n_history :]
-        persona, history = ([self.split.ids(string) for string in strings] for strings in (persona, history))
+        later = [self.inside.get(string) or self.split.ids(string) for string in persona[1:].tolist()]
+        persona = [*map(self.split.ids, persona[:1]), *later]
+        history = [self.split.ids(string) for string in history]
         persona, history, room = truncate(persona, history, reply, self.limit)
         return build_prefix(persona, history, self.ids), room
 
@@ -116,11 +121,17 @@ class Instances(torch.utils.data.Dataset):
         return 2 * self.max_history + 1
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each utterance's prefix and longest candidate, of all, before anything is truncated."""
-        split = self.split
+        """Tokens of each utterance's prefix and longest candidate, of all, before anything is truncated.
+
+        With `inside` a persona may come out a token longer than it is, for its first sentence.
+        """
+        split, persona_sizes = self.split, self.split.sizes
+        if self.inside:
+            persona_sizes = persona_sizes.copy()
+            persona_sizes[list(self.inside)] = list(map(len, self.inside.values()))
         return (
             3  # <bos>, the reply's speaker, <eos>
-            + row_sums(split.persona, split.sizes)[split.dialogs]
+            + row_sums(split.persona, persona_sizes)[split.dialogs]
             + row_sums(split.history, split.sizes + 1, last=self.n_history)
             + np.maximum.reduceat(split.sizes[split.candidates.values], split.candidates.offsets[:-1])
         )
@@ -131,6 +142,14 @@ class Instances(torch.utils.data.Dataset):
         if count:
             size = len(self.split)
             log.info(f"{name}: {count} of {size} utterances are longer than {self.limit} tokens and are truncated")
+
+
+def sentences_inside(split: Split, tokenizer: DialogTokenizer) -> dict[int, list[int]]:
+    """The argument `inside` of `Instances`."""
+    if tokenizer.ids.token_types:
+        return {}
+    strings = np.unique(split.persona.values).tolist()
+    return dict(zip(strings, tokenizer.encode_inside(list(map(split.text, strings))), strict=True))
 
 
 def row_sums(strings: Ragged, sizes: np.ndarray, last: int | None = None) -> np.ndarray:

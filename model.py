@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -22,10 +22,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
 
 from adapters import add_adapter, has_adapter, look_up, merge_adapter, project, save_adapter, without_adapter
-from cli import UserError, explain_errors, first_line, log
+from cli import Decoding, UserError, explain_errors, first_line, log
 from files import whole_files
 from inputs import Batch, Instance, collate
-from model_files import ModelFiles, read_gguf
+from model_files import HEAD_WEIGHTS, ModelFiles, read_gguf
 from utils import DialogTokenizer, SpecialIds, load_config
 
 # We say ourselves what matters in transformers' load reports.
@@ -111,6 +111,9 @@ class OpenAIGPTWithCache(OpenAIGPTLMHeadModel):
 # ------------------------------------------------------------------------------------------------------------
 # Two heads
 # ------------------------------------------------------------------------------------------------------------
+
+
+HEAD = "multiple_choice_head."  # begins the names of its tensors
 
 
 def multiple_choice_head(config) -> nn.Module:
@@ -249,7 +252,12 @@ class DialogModel(nn.Module):
         )[0]
 
     def embed(self, tokens: Tensor, types: Tensor) -> Tensor:
-        """Token embedding plus the embedding of the token's speaker: (B, T) -> (B, T, D). The body adds positions."""
+        """Token embedding plus, with token types, that of the token's speaker: (B, T) -> (B, T, D).
+
+        The body adds positions.
+        """
+        if not self.ids.token_types:
+            return look_up(self.lm.get_input_embeddings(), tokens)
         # Both in one lookup, because the gradient of a lookup is as large as the whole embedding.
         return look_up(self.lm.get_input_embeddings(), torch.stack([tokens, types])).sum(0)
 
@@ -269,7 +277,12 @@ class DialogModel(nn.Module):
         """
         lm = without_adapter(self.lm) if has_adapter(self.lm) else self.lm
         with whole_files(folder) as partial:
-            lm.save_pretrained(partial)
+            if self.ids.token_types:
+                lm.save_pretrained(partial)
+                return
+            head = {name: tensor for name, tensor in lm.state_dict().items() if name.startswith(HEAD)}
+            lm.save_pretrained(partial, state_dict={n: t for n, t in lm.state_dict().items() if n not in head})
+            save_file({name: tensor.contiguous() for name, tensor in head.items()}, partial / HEAD_WEIGHTS)
 
     def add_adapter(self, rank: int, alpha: int) -> None:
         """From now on train only an adapter, the multiple-choice head and the five tokens (see adapters.py)."""
@@ -368,12 +381,20 @@ def load_model(
     special = {f"{name}_token_id": getattr(tokenizer.ids, name) for name in ("bos", "eos", "pad")}
     for config in (lm.config, lm.config.get_text_config()):
         config.update(special)
-    lm.generation_config = GenerationConfig(**special)
+    lm.generation_config = GenerationConfig(**special, **sampling(tokenizer.ids))
     model = DialogModel(lm.float(), tokenizer.ids).eval()
     if model.limit < 16:
         raise UserError(f"the model in {files.folder} takes {model.limit} tokens at once; expected at least 16")
     probe(model)
     return model.to(device)
+
+
+def sampling(ids: SpecialIds) -> dict:
+    """How other engines are to draw replies: as interact.py does by default. Those with token types no engine can."""
+    if ids.token_types:
+        return {}
+    decoding = Decoding()
+    return {"do_sample": True} | {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
 
 
 def causal_lm_class(config) -> type[PreTrainedModel]:
@@ -449,7 +470,7 @@ def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
 def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     """Refuse a model that was not loaded whole, or not of numbers. report: transformers' loading info."""
     reshaped = [f"{name} {tuple(stored)} for {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]]
-    missing = [name for name in report["missing_keys"] if not name.startswith("multiple_choice_head.")]
+    missing = [name for name in report["missing_keys"] if not name.startswith(HEAD)]
     lm.choice_head_trained = len(missing) == len(report["missing_keys"])
     # Checkpoints of old versions hold their causal mask as a buffer.
     surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]

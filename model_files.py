@@ -24,7 +24,9 @@ SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache 2.0), a pretrained model th
 
 TENSORS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")
 # They end alike and are no weights: what trainers and this toolkit leave beside them.
-NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|adapter_model|dataset_cache")
+NO_WEIGHTS = re.compile(
+    r"multiple_choice_head|training_args|optimizer|scheduler|scaler|rng_state|adapter_model|dataset_cache"
+)
 # transformers' own names, which need no guess
 USUAL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 # What may lie beside a config.json of which a model is made from scratch.
@@ -42,6 +44,8 @@ INSTEAD = {
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 ADAPTER = "adapter"  # the folder with these in a run folder
+# The multiple-choice head, where the rest is a plain model: other engines refuse tensors that they do not know.
+HEAD_WEIGHTS = "multiple_choice_head.safetensors"
 
 
 @dataclass
@@ -62,7 +66,10 @@ class ModelFiles:
     @property
     def weights(self) -> list[Path]:
         """The files of the weights; none where there are none. Raises UserError as `find_weights` does."""
-        return [self.folder / self.gguf] if self.gguf else find_weights(self.folder)
+        if self.gguf:
+            return [self.folder / self.gguf]
+        weights, head = find_weights(self.folder), self.folder / HEAD_WEIGHTS
+        return [*weights, head] if weights and head.exists() else weights
 
     @property
     def has_weights(self) -> bool:

@@ -41,7 +41,7 @@ from cli import (
 )
 from dialogs import Dialogs
 from files import is_url, remove_unfinished, typed_path, whole_files
-from inputs import Batch, Instances, batches_by_length
+from inputs import Batch, Instances, batches_by_length, sentences_inside
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
 from runs import (
@@ -56,7 +56,8 @@ from runs import (
     save_checkpoint,
     write_settings,
 )
-from utils import load_dataset, load_tokenizer
+from template import set_template
+from utils import Split, load_dataset, load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -72,6 +73,11 @@ class TrainingSettings(LearningSettings, DatasetSettings):
     valid_batch_size: int = option(4, "the same for validation", low=1, may_change=True)
     gradient_accumulation_steps: int = option(8, "forward passes per optimiser step", low=1, may_change=True)
     n_epochs: int = option(3, "passes over the data (0: evaluate and save)", low=0, may_change=True)
+    token_types: bool | None = option(
+        None,
+        "add its speaker's embedding to each token's, as the paper does; default: on for openai-gpt and gpt2, off for "
+        "other base models, whose checkpoints then work in every engine; a fine-tuned one's own choice",
+    )
     personality_permutations: int = option(1, "rotations of each persona", low=1)
     eval_before_start: bool = option(False, "evaluate before the first step too", may_change=True)
     save_every: int = option(500, "steps between checkpoints (0: only after epochs)", low=0, may_change=True)
@@ -417,9 +423,9 @@ class Run:
         if better:
             progress.best = score if progress.step else None  # what stood before the first step is no epoch
         if idist.get_rank() == 0:
-            command, cut = training_command(self.settings), self.tokenizer.pre_tokenizer
+            command = training_command(self.settings)
             with whole_files(self.folder) as partial:
-                describe(partial, self.folder, progress.best, self.settings, command, cut)
+                describe(partial, self.folder, progress.best, self.settings, command, self.tokenizer)
                 if better:
                     self.save_model()  # first, so that the card never describes older weights
 
@@ -494,19 +500,25 @@ def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
 def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device):
     """The model, its tokenizer, and the instances to train and to validate on."""
     dialogs = Dialogs(settings.dataset_path, settings.valid_path)
-    tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts())
+    tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
     from model import load_model  # heavy: after all that can be told to be wrong at once
 
     if settings.lora and not files.has_weights:
         raise UserError(f"{files.folder} holds no weights that --lora could keep; leave it out to train from scratch")
     model = load_model(files, tokenizer, device, from_scratch=True)
-    build = partial(Instances, ids=tokenizer.ids, max_history=settings.max_history, limit=model.limit)
+
+    def build(split: Split, **options) -> Instances:
+        inside = sentences_inside(split, tokenizer)
+        return Instances(split, tokenizer.ids, settings.max_history, model.limit, inside=inside, **options)
+
     rotations = settings.personality_permutations
     train = build(splits["train"], num_candidates=settings.num_candidates, permutations=rotations)
     if not len(train) and settings.n_epochs:
         raise UserError(f"the training split of {dialogs.name} holds no reply; nothing to learn")
-    return model, tokenizer, train, build(splits["valid"])
+    valid = build(splits["valid"])
+    set_template(tokenizer, valid)
+    return model, tokenizer, train, valid
 
 
 def tell_sizes(learner: Learner, train: Instances, valid: Instances, settings: TrainingSettings) -> None:

@@ -43,6 +43,7 @@ class SpecialIds:
     speaker1: int  # the bot
     speaker2: int  # the other person
     all: frozenset[int]  # these and the base model's own: a reply ends at any of them
+    token_types: bool = True  # whether each token's embedding has that of its speaker added
 
 
 class DialogTokenizer:
@@ -53,9 +54,11 @@ class DialogTokenizer:
         pre_tokenizer: "spacy" or "basic" for openai-gpt's vocabulary; None asks for the default: what the folder
             says; "basic" for one that has our special tokens and does not say (fine-tuned by the original toolkit);
             else "spacy". Other tokenizers split text in their own way.
+        token_types: whether the model adds the embedding of its speaker to each token's; None asks for the default:
+            what the folder says; yes for one that has our special tokens and does not say; else `base_types`.
     """
 
-    def __init__(self, hf, pre_tokenizer: str | None = None):
+    def __init__(self, hf, pre_tokenizer: str | None = None, token_types: bool | None = None, base_types: bool = True):
         self.hf = hf
         self.fine_tuned = "<speaker1>" in hf.get_vocab()
         if type(hf).__name__ == "OpenAIGPTTokenizer":
@@ -66,11 +69,14 @@ class DialogTokenizer:
             raise UserError("--pre_tokenizer is for openai-gpt's vocabulary only; leave it out for this model")
         else:
             self.pre_tokenizer = None
+        if token_types is None:
+            token_types = hf.init_kwargs.get("token_types", self.fine_tuned or base_types)
+        hf.init_kwargs["token_types"] = token_types
         hf.add_special_tokens(SPECIAL_TOKENS)
         if self.pre_tokenizer == "spacy":
             self._use_words_as_they_are()
         ours = hf.convert_tokens_to_ids(["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"])
-        self.ids = SpecialIds(*ours, all=frozenset([*ours, *hf.all_special_ids]))
+        self.ids = SpecialIds(*ours, all=frozenset([*ours, *hf.all_special_ids]), token_types=token_types)
 
     def _use_words_as_they_are(self) -> None:
         # The tokenizer's own rules would split spaCy's words again (n't into n, ', t), also after a save and a load.
@@ -96,6 +102,13 @@ class DialogTokenizer:
         """Token ids of words in mid-sentence. Byte-level BPEs encode " word" differently from "word"."""
         before = self.encode(["a"])[0]
         return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
+
+    def encode_persona(self, sentences: list[str]) -> list[list[int]]:
+        """The ids of each sentence of a persona. Without token types they are those of one text with spaces between:
+        a chat template knows no other."""
+        if self.ids.token_types:
+            return self.encode(sentences)
+        return self.encode(sentences[:1]) + self.encode_inside(sentences[1:])
 
     def first_bare_token(self, word: str) -> int:
         """The first token of a word that BPE merges as it stands, not split before; -1 where there is none.
@@ -134,14 +147,24 @@ class DialogTokenizer:
         self.hf.save_pretrained(folder)
 
 
+# These were made for token types: the paper's method, and the original toolkit's checkpoints. No other base model has
+# seen such a sum in its pretraining.
+WITH_TOKEN_TYPES = ("openai-gpt", "gpt2")
+
+
 def load_tokenizer(
-    files: ModelFiles, pre_tokenizer: str | None = None, texts: Iterable[str] | None = None
+    files: ModelFiles,
+    pre_tokenizer: str | None = None,
+    texts: Iterable[str] | None = None,
+    token_types: bool | None = None,
 ) -> DialogTokenizer:
     """The tokenizer of a model, or one learned from `texts` where the model's folder has none.
 
     Raises:
         UserError: there is none and no text to learn one from, or it cannot be read, or is not that of the weights.
     """
+    base_types = not files.gguf and load_config(files).model_type in WITH_TOKEN_TYPES
+    rules = pre_tokenizer, token_types, base_types
     if not files.has_tokenizer:
         if files.has_weights:  # a vocabulary that is learned would give other words to the rows of their embedding
             raise UserError(
@@ -157,7 +180,7 @@ def load_tokenizer(
             raise UserError(
                 f"{files.folder}/config.json: vocab_size is {size!r}; expected 5 to 1000000, as a vocabulary is learned"
             )
-        return DialogTokenizer(learn_bpe(texts, size), pre_tokenizer)
+        return DialogTokenizer(learn_bpe(texts, size), *rules)
     from transformers import AutoTokenizer
 
     folder = files.tokenizer_folder
@@ -170,7 +193,7 @@ def load_tokenizer(
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
     if not files.gguf:
         check_vocabulary(hf, files)
-    return DialogTokenizer(hf, pre_tokenizer)
+    return DialogTokenizer(hf, *rules)
 
 
 def check_vocabulary(hf, files: ModelFiles) -> None:

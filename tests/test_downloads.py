@@ -325,7 +325,7 @@ def test_models_by_folder_file_and_url(tmp_path, server, cache):
 )
 def test_what_is_no_model_is_named_without_asking_the_hub(name, message, tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "fetch_from_hub", lambda repo: pytest.fail(f"asked for {repo}"))
+    monkeypatch.setattr(model_files, "fetch_from_hub", lambda repo: pytest.fail(f"asked for {repo}"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello")
     (tmp_path / "nothing").touch()
@@ -387,7 +387,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out(tmp_path, monke
 
 
 def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server, cache, monkeypatch):
-    monkeypatch.setattr(files, "FINETUNED_URL", server.url)
+    monkeypatch.setattr(model_files, "FINETUNED_URL", server.url)
     server.content = write_tar(tmp_path / "archive", "config.json", "pytorch_model.bin").read_bytes()
     assert find_finetuned_model("openai-gpt").has_weights
     assert server.ranges == [None]

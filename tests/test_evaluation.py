@@ -22,6 +22,7 @@ from dialogs import Dialogs
 from helpers import run_python
 from inputs import Instances, batches_by_length, collate
 from metrics import WordModel, f1, gold_rank, normalize, ranking_figures, reply_figures, split_words
+from tiny_models import embed
 from utils import load_dataset
 
 KINDS = ("openai-gpt", "gpt2", "llama")
@@ -169,7 +170,8 @@ class Slow:
 
     def __init__(self, folder: Path, tokenizer, counts: Counter):
         self.lm = AutoModelForCausalLM.from_pretrained(folder).eval()
-        weights = load_file(folder / "model.safetensors")
+        head = "model" if tokenizer.ids.token_types else "multiple_choice_head"
+        weights = load_file(folder / f"{head}.safetensors")
         self.summary = weights["multiple_choice_head.summary.weight"][0], weights["multiple_choice_head.summary.bias"]
         self.ids, self.encode_all, self.decode = tokenizer.ids, tokenizer.encode, tokenizer.decode
         self.counts, self.firsts = counts, {}
@@ -179,7 +181,8 @@ class Slow:
         return self.encode_all([text])[0]
 
     def row(self, persona: list[str], history: list[str]) -> tuple[list[int], list[int]]:
-        tokens = [self.ids.bos, *(token for line in persona for token in self.encode(line))]
+        sentences = persona if self.ids.token_types else [" ".join(persona)]
+        tokens = [self.ids.bos, *(token for line in sentences for token in self.encode(line))]
         types = [self.ids.speaker1] * len(tokens)
         kept = history[-5:]  # --max_history 2
         for i, text in enumerate(kept):
@@ -191,9 +194,8 @@ class Slow:
     @torch.no_grad()
     def ask(self, prefix: tuple[list[int], list[int]], reply: list[int]) -> tuple[torch.Tensor, float]:
         """Logits (R + 1, V) at the tokens that predict each of the reply's and the next, and the choice score."""
-        tokens, types = torch.tensor(prefix[0] + reply), torch.tensor(prefix[1] + [self.ids.speaker1] * len(reply))
-        embedding = self.lm.get_input_embeddings()
-        output = self.lm(inputs_embeds=(embedding(tokens) + embedding(types))[None], output_hidden_states=True)
+        tokens, types = prefix[0] + reply, prefix[1] + [self.ids.speaker1] * len(reply)
+        output = self.lm(inputs_embeds=embed(self.lm, self.ids, tokens, types), output_hidden_states=True)
         weight, bias = self.summary
         score = output.hidden_states[-1][0, -1] @ weight + bias
         return output.logits[0, len(prefix[0]) - 1 :].double(), score.item()

@@ -18,6 +18,7 @@ from generation import (
     generate_replies,
     last_hidden,
 )
+from tiny_models import embed
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache
 GREEDY = Decoding(no_sample=True, max_length=12)
@@ -53,10 +54,7 @@ def plain_greedy(plain, prefix, ids, decoding) -> list[int]:
     tokens, types = prefix
     reply = []
     while len(reply) < decoding.max_length:
-        embedding = plain.get_input_embeddings()
-        embeds = embedding(torch.tensor([tokens + reply])) + embedding(
-            torch.tensor([types + [ids.speaker1] * len(reply)])
-        )
+        embeds = embed(plain, ids, tokens + reply, types + [ids.speaker1] * len(reply))
         logits = plain(inputs_embeds=embeds).logits[0, -1]
         if len(reply) < decoding.min_length:
             logits[list(ids.all)] = float("-inf")

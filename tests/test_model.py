@@ -23,7 +23,7 @@ from helpers import run_python
 from inputs import Instance, collate
 from model import gold_ranks, load_model
 from model_files import ModelFiles
-from tiny_models import PACKED, RAGGED, make_instances, write_gguf
+from tiny_models import PACKED, RAGGED, embed, make_instances, write_gguf
 from utils import load_tokenizer
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
@@ -123,9 +123,8 @@ def test_forward_is_that_of_plain_rows_one_at_a_time(kind, shapes, dialog_model,
         output = model(batch)
         for row, instance in enumerate(instances):
             for n, reply in enumerate(instance.candidates):
-                tokens = torch.tensor([instance.prefix + reply])
-                types = torch.tensor([instance.token_types + [ids.speaker1] * len(reply)])
-                embeds = plain.get_input_embeddings()(tokens) + plain.get_input_embeddings()(types)
+                types = instance.token_types + [ids.speaker1] * len(reply)
+                embeds = embed(plain, ids, instance.prefix + reply, types)
                 hidden = plain.base_model(inputs_embeds=embeds)[0][0, -1]
                 expected_scores[row, n] = model.lm.multiple_choice_head.summary(hidden)
             # the last candidate is the gold one
@@ -348,7 +347,7 @@ def test_loading_a_legacy_checkpoint_prints_nothing(tiny, tmp_path):
     script = (
         "import logging, sys, torch\n"
         "logging.basicConfig(level=logging.INFO)\n"
-        "from files import find_model\n"
+        "from model_files import find_model\n"
         "from utils import load_tokenizer\n"
         "from model import load_model\n"
         "for folder in sys.argv[1:]:\n"

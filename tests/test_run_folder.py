@@ -24,6 +24,7 @@ from cli import Decoding, UserError, log
 from generation import generate_replies
 from inputs import build_prefix
 from model_files import find_run
+from template import chat_template
 from tiny_models import TEXTS
 
 
@@ -168,10 +169,13 @@ def test_model_card(run, monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "openai-gpt"])
 def test_code_of_the_card_gives_the_reply_of_the_toolkit(kind, dialog_model, load, monkeypatch):
     monkeypatch.chdir(dialog_model(kind))
-    code, shown = card.CARD.split("```python\n")[1].split("```")[0], io.StringIO()
+    model, tokenizer = load(Path("."), pre_tokenizer="basic" if kind == "openai-gpt" else None)
+    if kind == "llama":
+        tokenizer.hf.chat_template = chat_template(5)
+        tokenizer.save(Path("."))
+    code, shown = card.recipe(tokenizer).split("```python\n")[1].split("```")[0], io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(code, {})
-    model, tokenizer = load(Path("."), pre_tokenizer="basic" if kind == "openai-gpt" else None)
     persona, history = tokenizer.encode(["i like cats.", "do you have a pet ?"])
     prefix = build_prefix([persona], [history], tokenizer.ids)
     decoding = Decoding(no_sample=True, min_length=0)
@@ -201,7 +205,7 @@ def test_keep_best_has_the_weights_and_the_card_of_the_best_epoch(what, options,
     assert figures["perplexity per token"] == pytest.approx(found["token_ppl"], rel=1e-3)
 
 
-def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
+def test_what_the_card_says_of_model_and_data(run, tiny, load, tmp_path, monkeypatch):
     """A model of the hub and PersonaChat are named; a step that was skipped is in no mean."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     settings = train.parse_settings()
@@ -210,7 +214,7 @@ def test_what_the_card_says_of_model_and_data(run, tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps(skipped)]))
     first = [record for record in records(run[0]) if "nll" in record][1]
     best, command = (first["hits@1"], -first["nll"]), train.training_command(settings)
-    card.describe(tmp_path, tmp_path, best, settings, command, "spacy")
+    card.describe(tmp_path, tmp_path, best, settings, command, load(tiny("openai-gpt"), pre_tokenizer="spacy")[1])
     loaded, _, table = card_of(tmp_path)
     assert loaded.data.base_model == "openai-community/openai-gpt" and loaded.data.language == "en"
     assert loaded.data.eval_results[0].dataset_name == "PersonaChat" and "do n't" in loaded.text

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from inputs import Instance
 from model import DialogModel, load_model
 from model_files import find_model
-from utils import DialogTokenizer, load_tokenizer
+from utils import DialogTokenizer, SpecialIds, load_tokenizer
 
 TEXTS = [
     "hello , how are you doing today ?",
@@ -86,6 +86,13 @@ def make_instances(ids, shapes) -> list[Instance]:
         Instance(tokens(prefix), speakers(prefix), [[*tokens(size - 1), ids.eos] for size in candidates])
         for prefix, candidates in shapes
     ]
+
+
+def embed(lm, ids: SpecialIds, tokens: list[int], types: list[int]) -> torch.Tensor:
+    """The input (1, T, D) of a plain model of transformers for tokens and their types."""
+    embedding = lm.get_input_embeddings()
+    vectors = embedding(torch.tensor([tokens]))
+    return vectors + embedding(torch.tensor([types])) if ids.token_types else vectors
 
 
 def write_tokenizer(folder: Path, kind: str, vocab_size: int) -> int:
