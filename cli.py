@@ -257,7 +257,7 @@ class CommonSettings(Settings):
     )
     dataset_path: str = option("", "path or URL of a dataset; empty: download PersonaChat")
     dataset_cache: str = option("./dataset_cache.bin", "where the tokenised dataset is kept", may_change=True)
-    max_history: int = option(2, "exchanges of history to keep", low=0)
+    max_history: int = option(2, "exchanges of history to keep; -1: the whole dialog", low=-1)
     device: str = option(DEVICE, "cuda, cuda:1, cpu or mps", may_change=True)
     bf16: bool = BF16
     seed: int = option(42, "of everything random; in a chat 0 is another one each time", low=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from cli import Decoding
-from inputs import build_prefix, truncate
+from inputs import build_prefix, truncate, utterances_shown
 from model import DialogModel
 from utils import DialogTokenizer
 
@@ -418,7 +418,7 @@ class Conversation:
     ):
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         self.persona = persona
-        self.n_history = 2 * max_history + 1
+        self.n_history = utterances_shown(max_history)
         self.turns: list[Turn] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.prefix_cache = prefix_cache or PrefixCache()

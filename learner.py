@@ -6,8 +6,10 @@ however they are divided into micro-batches and processes.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 import ignite.distributed as idist
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import BF16, Settings, UserError, option
-from inputs import Batch, Instance, collate
+from inputs import Batch, DialogRow, Instance, collate
 from utils import SpecialIds
 
 LR = 6.25e-5
@@ -68,23 +70,27 @@ class StepSampler:
     """This process's share of each optimiser step, in an order that depends on seed and epoch alone.
 
     Args:
-        size: utterances in an epoch.
-        step_size: utterances of a step, over all processes. Process `rank` gets every `world_size`-th of them (it may
-            get none in an epoch's last step).
+        sizes: replies of each row.
+        step_size: replies of a step, over all processes, and at least those of any row. A row belongs to the step in
+            which its last reply falls, so steps may differ by a row, and none is empty. Process `rank` gets every
+            `world_size`-th row of a step (it may get none).
     """
 
-    def __init__(self, size: int, step_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.step_size, self.seed = size, step_size, seed
+    def __init__(self, sizes: Sequence[int], step_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.sizes, self.size = np.asarray(sizes), int(np.sum(sizes))
+        self.step_size, self.seed = step_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = 0, 0  # the epoch's first `start` utterances are left out: steps have seen them
+        self.epoch, self.start = 0, 0  # the epoch's first `start` replies are left out: steps have seen them
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.step_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-        steps = [order[i : i + self.step_size] for i in range(self.start, self.size, self.step_size)]
-        return iter([step[self.rank :: self.world_size] for step in steps])
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes))
+        ends = np.cumsum(self.sizes[order]) - self.start
+        steps = np.ceil(ends / self.step_size).astype(int)  # from 1; of what was seen already 0 or less
+        bounds = np.searchsorted(steps, np.arange(1, self.steps_left() + 2))
+        return iter([order[i:j][self.rank :: self.world_size].tolist() for i, j in pairwise(bounds)])
 
     def steps_left(self) -> int:
         """Steps from `start` to the epoch's end."""
@@ -92,16 +98,20 @@ class StepSampler:
 
 
 def collate_step(
-    instances: list[Instance], batch_size: int, ids: SpecialIds, filler: Instance
+    rows: list[Instance | DialogRow], batch_size: int, ids: SpecialIds, filler: Instance | DialogRow
 ) -> tuple[list[Batch], int]:
-    """A process's share of an optimiser step: micro-batches of instances of like length, and their weight.
+    """A process's share of an optimiser step: micro-batches of rows of like length, and their weight.
 
-    The losses are means over the whole step, so how it is divided into micro-batches does not change it. Every process
-    must take part in every step, so an empty share is replaced by `filler`, with weight 0.
+    A micro-batch takes rows until it has `batch_size` replies. The losses are means over the whole step, so how it is
+    divided does not change it. Every process must take part in every step, so an empty share is replaced by `filler`,
+    with weight 0.
     """
-    weight = 1 if instances else 0
-    instances = sorted(instances or [filler], key=lambda row: len(row.prefix) + sum(map(len, row.candidates)))
-    return [collate(instances[i : i + batch_size], ids) for i in range(0, len(instances), batch_size)], weight
+    weight = 1 if rows else 0
+    rows = sorted(rows or [filler], key=lambda row: row.size)
+    last_replies = np.cumsum([len(row.replies) for row in rows])
+    numbers = ((last_replies - 1) // batch_size).tolist()  # of the micro-batch
+    batches = groupby(zip(numbers, rows, strict=True), key=itemgetter(0))
+    return [collate([row for _, row in batch], ids) for _, batch in batches], weight
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def with_choice_head(causal_lm: type[PreTrainedModel]) -> type[PreTrainedModel]:
 @dataclass
 class Output:
     lm_nll: Tensor  # (L,) negative log-likelihood of every labelled token, float32
-    mc_logits: Tensor  # (B, N) a score for every candidate, float32; -inf where a row has fewer than N
+    mc_logits: Tensor  # (U, N) a score for every candidate, float32; -inf where a reply has fewer than N
 
 
 class DialogModel(nn.Module):
@@ -191,13 +191,12 @@ class DialogModel(nn.Module):
         """Both heads, each only where its output is used: the LM head at labels, the other at every <eos>."""
         labelled = hidden.flatten(0, 1)[batch.lm_positions]
         lm_nll = F.cross_entropy(self.lm_logits(labelled).float(), batch.lm_labels, reduction="none")
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        mc_logits = self.lm.multiple_choice_head(hidden[rows, batch.ends])[..., 0].float()  # (B, N)
+        mc_logits = self.lm.multiple_choice_head(hidden.flatten(0, 1)[batch.ends])[..., 0].float()  # (U, N)
         absent = torch.arange(mc_logits.shape[1], device=hidden.device) >= batch.n_candidates[:, None]
         return Output(lm_nll, mc_logits.masked_fill(absent, float("-inf")))
 
     def _hidden_packed(self, batch: Batch) -> Tensor:
-        visible = packed_visibility(batch.segments)
+        visible = packed_visibility(batch.segments, batch.forks)
         return self.run_body(batch.input_ids, batch.token_types, batch.positions, visible, needed=batch.head_positions)
 
     def _hidden_padded(self, batch: Batch) -> Tensor:
@@ -305,18 +304,19 @@ class DialogModel(nn.Module):
             ) from error
 
 
-def packed_visibility(segments: Tensor) -> Tensor:
-    """Which columns a token of a packed row attends to: (B, T) -> (B, T, T) bool.
+def packed_visibility(segments: Tensor, forks: Tensor) -> Tensor:
+    """Which columns a token of a packed row attends to: (B, T), (B, T) -> (B, T, T) bool.
 
-    They are those before it in the prefix and in its own candidate. Padding attends to the prefix, because a softmax
-    over nothing would be nan.
+    They are those of the trunk up to its fork, and those before it in its own branch. Padding attends to the first
+    column, because a softmax over nothing would be nan.
     """
     query, key = segments[:, :, None], segments[:, None, :]
-    return ((key == 0) | (key == query)).tril()
+    columns = torch.arange(segments.shape[1], device=segments.device)
+    return (key == 0) & (columns <= forks[:, :, None]) | (key == query).tril() & (key > 0)
 
 
 def gold_ranks(output: Output, batch: Batch) -> Tensor:
-    """How many other candidates score at least as much as the gold reply (B,): 0 is a hit, ties are none."""
+    """How many other candidates score at least as much as the gold reply (U,): 0 is a hit, ties are none."""
     gold = output.mc_logits.gather(1, batch.n_candidates[:, None] - 1)
     return (output.mc_logits >= gold).sum(1) - 1
 
@@ -538,7 +538,7 @@ def packing_fault(model: DialogModel, batch: Batch, padded: Tensor) -> str:
     # GPT-Neo's local layers look back a number of columns along the row: too many for a tiny batch to show it.
     if "local" in getattr(model.lm.config, "attention_layers", ()):
         return "its layers are local"
-    visible, cache, parts = packed_visibility(batch.segments), DynamicCache(), []
+    visible, cache, parts = packed_visibility(batch.segments, batch.forks), DynamicCache(), []
     try:
         whole = model._hidden_packed(batch)
         for columns in (slice(0, 4), slice(4, 5), slice(5, visible.shape[1])):  # one of them a single new token

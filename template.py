@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cli import log
-from inputs import Instances
+from inputs import Instances, utterances_shown
 from utils import DialogTokenizer
 
 # The system message is the persona. As in `inputs.build_prefix`, utterances follow their speaker, and only a last reply
@@ -16,19 +16,19 @@ TEMPLATE = """\
 {{%- else -%}}
     {{%- set turns = messages -%}}
 {{%- endif -%}}
-{shown}
-{{%- for turn in turns -%}}
+{shown}{{%- for turn in turns -%}}
     {{{{- ('<speaker1>' if turn['role'] == 'assistant' else '<speaker2>') + turn['content'] -}}}}
 {{%- endfor -%}}
 {{{{- '<speaker1>' if add_generation_prompt else '<eos>' -}}}}
 """
-SHOWN = "{{%- set turns = turns[-{before}:] if add_generation_prompt else turns[-{with_reply}:] -%}}"
+SHOWN = "{{%- set turns = turns[-{before}:] if add_generation_prompt else turns[-{with_reply}:] -%}}\n"
 COMPARED = 200  # dialogs
 
 
 def chat_template(n_history: int) -> str:
     """A Jinja template of transformers for rows with the last `n_history` utterances before the reply."""
-    return TEMPLATE.format(shown=SHOWN.format(before=n_history, with_reply=n_history + 1))
+    whole = n_history == utterances_shown(-1)
+    return TEMPLATE.format(shown="" if whole else SHOWN.format(before=n_history, with_reply=n_history + 1))
 
 
 def set_template(tokenizer: DialogTokenizer, instances: Instances) -> None:

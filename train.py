@@ -41,7 +41,7 @@ from cli import (
 )
 from dialogs import Dialogs
 from files import is_url, remove_unfinished, typed_path, whole_files
-from inputs import Batch, Instances, batches_by_length, sentences_inside
+from inputs import Batch, DialogRows, Instances, batches_by_length, sentences_inside
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
 from runs import (
@@ -383,7 +383,7 @@ class Run:
         tokenizer,
         learner: Learner,
         progress: Progress,
-        train: Instances,
+        train: Instances | DialogRows,
         valid: Instances,
     ):
         self.settings, self.folder, self.tokenizer = settings, folder, tokenizer
@@ -391,7 +391,7 @@ class Run:
         self.stop = StopSignal()
 
         rank, world_size = idist.get_rank(), idist.get_world_size()
-        self.sampler = StepSampler(len(train), settings.step_size * world_size, settings.seed, rank, world_size)
+        self.sampler = StepSampler(train.sizes, settings.step_size * world_size, settings.seed, rank, world_size)
         collate_micro = partial(
             collate_step,
             batch_size=settings.train_batch_size,
@@ -407,11 +407,11 @@ class Run:
         self.evaluator = build_evaluator(learner, self.stop)
 
     def save_state(self) -> None:
-        save_checkpoint(self.folder, self.learner, self.progress, len(self.train_set))
+        save_checkpoint(self.folder, self.learner, self.progress, self.train_set.n_replies)
 
     def save_state_between_epochs(self) -> None:
         every, progress = self.settings.save_every, self.progress
-        if every and progress.step % every == 0 and progress.done < len(self.train_set):
+        if every and progress.step % every == 0 and progress.done < self.train_set.n_replies:
             self.save_state()
 
     def evaluate_and_save(self) -> None:
@@ -456,7 +456,7 @@ class Run:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self.save_state_between_epochs)
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
 
-            epoch_is_done = progress.done == len(self.train_set)
+            epoch_is_done = progress.done == self.train_set.n_replies
             if epoch_is_done if progress.step else (settings.eval_before_start or not settings.n_epochs):
                 self.evaluate_and_save()
             if settings.n_epochs and (progress.epoch < settings.n_epochs or not epoch_is_done):
@@ -518,16 +518,18 @@ def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device)
         raise UserError(f"the training split of {dialogs.name} holds no reply; nothing to learn")
     valid = build(splits["valid"])
     set_template(tokenizer, valid)
+    if settings.max_history == -1 and model.packed:
+        train = DialogRows(train, settings.step_size)
     return model, tokenizer, train, valid
 
 
-def tell_sizes(learner: Learner, train: Instances, valid: Instances, settings: TrainingSettings) -> None:
+def tell_sizes(learner: Learner, train: Instances | DialogRows, valid: Instances, settings: TrainingSettings) -> None:
     """What will be trained, on what, and where."""
     for name, instances in (("training", train), ("validation", valid)):
         instances.report_truncation(name)
     all_weights, others = sum(weight.numel() for weight in learner.model.parameters()), idist.get_world_size() - 1
     log.info(
-        f"{all_weights / 1e6:.1f}M parameters, {len(train)} training and {len(valid)} validation utterances, "
+        f"{all_weights / 1e6:.1f}M parameters, {train.n_replies} training and {len(valid)} validation utterances, "
         f"{learner.device}" + (f" and {others} more" if others else "")
     )
     if settings.lora:
@@ -556,7 +558,7 @@ def main() -> None:
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
     if state:
-        restore(state, learner, progress, len(train), settings)
+        restore(state, learner, progress, train.n_replies, settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     del state
     folder = folder or begin_run(settings, launchers)

@@ -36,7 +36,7 @@ def our_rate(bench: Bench, instances, settings: TrainingSettings, bf16: bool) ->
         plain.random_model(bench.tokenizer, bench.shape).to(bench.device), settings, bench.device
     )
     size = settings.step_size
-    sampler = learning.StepSampler(3 * size, size, settings.seed)
+    sampler = learning.StepSampler([1] * 3 * size, size, settings.seed)
     sampler.size = min(sampler.size, len(instances))
     collate = partial(learning.collate_step, batch_size=settings.train_batch_size, ids=bench.ids, filler=instances[0])
     loader = DataLoader(instances, batch_sampler=sampler, collate_fn=collate)

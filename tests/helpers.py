@@ -81,12 +81,11 @@ IDS = SpecialIds(bos=90, eos=91, pad=92, speaker1=93, speaker2=94, all=frozenset
 
 def make_split(dialogs) -> Split:
     """A split as the cache holds it. dialogs: (persona, [(history, candidates), ...]), all in lists of token ids."""
-    strings: list[list[int]] = []
+    numbers: dict[tuple[int, ...], int] = {}
     lists = {name: [[]] for name in ("persona", "history", "candidates")}  # behind an empty list: the first offset
 
     def add(name: str, texts: list[list[int]]) -> None:
-        lists[name].append(list(range(len(strings), len(strings) + len(texts))))
-        strings.extend(texts)
+        lists[name].append([numbers.setdefault(tuple(text), len(numbers)) for text in texts])
 
     dialog_of_utterance = []
     for number, (persona, utterances) in enumerate(dialogs):
@@ -95,8 +94,9 @@ def make_split(dialogs) -> Split:
             dialog_of_utterance.append(number)
             add("history", history)
             add("candidates", candidates)
+    strings = list(numbers)
     arrays = {
-        "tokens": np.array(sum(strings, []), np.int32),
+        "tokens": np.array(sum(strings, ()), np.int32),
         "token_offsets": np.cumsum([0, *map(len, strings)]),
         "texts": np.zeros(0, np.uint8),
         "text_offsets": np.zeros(len(strings) + 1, np.int64),

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import dialogs
-import files
 import model_files
 from cli import UserError
 from dialogs import read_dataset

@@ -235,7 +235,7 @@ def test_a_batch_of_packed_rows():
         "token_types": [[S1, S1, S1, S1, S1, S1, S1, S1], [S1, S2, S2, S2, S1, S1, S1, P]],
         "positions": [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0]],
         "segments": [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 1, -1]],
-        "ends": [[4, 7], [6, 0]],
+        "ends": [[4, 7], [8 + 6, 0]],
         "n_candidates": [2, 1],
         # <speaker1> predicts 6, 6 predicts 7, 7 predicts <eos>; in the second row <speaker1> 8, and 8 <eos>.
         "lm_positions": [2, 5, 6, 8 + 4, 8 + 5],
@@ -261,7 +261,7 @@ def test_extra_continuations_stand_behind_the_candidates_and_are_in_no_loss():
         "token_types": [[S1] * 6 + [P] * 3, [S1] * 9],
         "positions": [[0, 1, 2, 3, 2, 3, 0, 0, 0], [0, 1, 2, 3, 4, 3, 4, 3, 4]],
         "segments": [[0, 0, 1, 1, 2, 2, -1, -1, -1], [0, 0, 0, 1, 1, 2, 2, 3, 3]],
-        "ends": [[3, 5], [4, 6]],
+        "ends": [[3, 5], [9 + 4, 9 + 6]],
         "n_candidates": [2, 2],
         "lm_positions": [1, 4, 9 + 2, 9 + 5],
         "lm_labels": [6, E, 6, E],

@@ -101,7 +101,7 @@ def test_a_batch_is_its_rows_side_by_side(dialogs, max_history, limit):
     together = collate(instances, IDS)
     height, width = together.input_ids.shape
     assert width == max(len(i.prefix) + sum(map(len, i.candidates)) for i in instances)
-    paddings = {"input_ids": IDS.pad, "token_types": IDS.pad, "positions": 0, "segments": -1, "ends": 0}
+    paddings = {"input_ids": IDS.pad, "token_types": IDS.pad, "positions": 0, "segments": -1, "forks": 0}
     positions, labels = [], []
     for row, instance in enumerate(instances):
         alone = collate([instance], IDS)
@@ -116,7 +116,7 @@ def test_a_batch_is_its_rows_side_by_side(dialogs, max_history, limit):
             assert together.input_ids[row][own].tolist() == reply
             start = len(instance.prefix)
             assert together.positions[row][own].tolist() == list(range(start, start + len(reply)))
-            assert together.input_ids[row, together.ends[row, n - 1]] == IDS.eos
+            assert together.input_ids.flatten()[together.ends[row, n - 1]] == IDS.eos
     assert together.lm_positions.tolist() == positions
     assert together.lm_labels.tolist() == labels == [t for i in instances for t in i.candidates[-1]]
     assert {getattr(together, field.name).dtype for field in fields(together)} == {torch.int64}

@@ -1,0 +1,82 @@
+"""Dialog rows against a row for each reply with its whole history: losses, scores, gradients, and what is in them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import IDS, make_split
+from inputs import DialogRows, Instances, collate
+from model import DialogModel
+
+B, E, P, S1, S2 = IDS.bos, IDS.eos, IDS.pad, IDS.speaker1, IDS.speaker2
+
+
+def dialog(persona, texts, bot_opens=False, distractors=(0, 2, 1, 3)):
+    """Replies of the bot to all of `texts` that the other person says, with unequal numbers of distractors."""
+    utterances = []
+    for place in range(0 if bot_opens else 1, len(texts), 2):
+        others = [[40 + place, 50 + n] for n in range(distractors[place // 2 % len(distractors)])]
+        utterances.append((texts[:place], [*others, texts[place]]))
+    return persona, utterances
+
+
+TEXTS = [[10, 11], [12], [13, 14, 15], [16, 17], [18], [19, 20, 21, 22], [23], [24, 25]]
+DIALOGS = [
+    dialog([[1, 2], [3]], TEXTS),
+    dialog([], TEXTS[:5], bot_opens=True),
+    dialog([[4, 5, 6]], TEXTS[2:4]),
+    dialog([[7]], TEXTS[1:8], distractors=(1,)),
+]
+
+
+def rows_of(dialogs, limit=100, most=100, **options) -> tuple[DialogRows, Instances]:
+    instances = Instances(make_split(dialogs), IDS, -1, limit, **options)
+    return DialogRows(instances, most), instances
+
+
+def test_a_row_holds_a_dialog():
+    rows, _ = rows_of([dialog([[1, 2], [3]], TEXTS[:4], distractors=(1, 0))])
+    (row,) = rows
+    assert row.trunk == [B, 1, 2, 3, S2, 10, 11, S1, 12, S2, 13, 14, 15, S1, 16, 17]
+    assert row.token_types == [S1] * 4 + [S2] * 3 + [S1] * 2 + [S2] * 4 + [S1] * 3
+    batch = collate([row], IDS)
+    # after it: a distractor and the gold reply's <eos> for the first reply, the <eos> alone for the second
+    assert batch.input_ids[0, 16:].tolist() == [41, 50, E, E, E]
+    assert batch.positions[0, 16:].tolist() == [8, 9, 10, 9, 16]
+    assert batch.forks[0, 16:].tolist() == [7, 7, 7, 8, 15]
+    assert batch.ends.tolist() == [[18, 19], [20, 0]] and batch.n_candidates.tolist() == [2, 1]
+    assert batch.lm_positions.tolist() == [7, 8, 13, 14, 15] and batch.lm_labels.tolist() == [12, E, 16, 17, E]
+
+
+def by_reply(model: DialogModel, rows, ids) -> tuple[list[list[float]], list[list[float]], torch.Tensor]:
+    """Losses of each reply's tokens, and scores of its candidates, in order; the loss of all."""
+    batch = collate(rows, ids)
+    output = model(batch)
+    golds = [(reply.start, reply.candidates[-1]) for row in rows for reply in row.replies]
+    sizes = [gold.fork - start + len(gold.tokens) for start, gold in golds]
+    scores = [row[:count].tolist() for row, count in zip(output.mc_logits, batch.n_candidates, strict=True)]
+    loss = output.lm_nll.mean() + F.cross_entropy(output.mc_logits, batch.n_candidates - 1)
+    return [part.tolist() for part in output.lm_nll.split(sizes)], scores, loss
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama"])
+@pytest.mark.parametrize("num_candidates", [0, 1, 2])
+@pytest.mark.parametrize("most", [100, 2])
+def test_losses_scores_and_gradients_are_those_of_a_row_for_each_reply(kind, num_candidates, most, dialog_model, load):
+    model, _ = load(dialog_model(kind))
+    model.ids = model.ids.__class__(**(vars(IDS) | {"token_types": model.ids.token_types}))
+    rows, instances = rows_of(DIALOGS, most=most, num_candidates=num_candidates)
+    assert rows.sizes.tolist() == ([4, 3, 1, 3] if most > 2 else [2, 2, 2, 1, 1, 2, 1])
+    found, expected = [], []
+    for each, result in ((list(rows), found), (list(instances), expected)):
+        model.zero_grad()
+        nll, scores, loss = by_reply(model, each, IDS)
+        loss.backward()
+        gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        result.extend([nll, scores, gradients])
+    for name, one, other in zip(("nll", "scores"), found, expected, strict=False):
+        for row, right in zip(one, other, strict=True):
+            assert row == pytest.approx(right, abs=1e-5), name
+    for name, gradient in expected[2].items():
+        scale = gradient.abs().max()
+        torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-4 * float(scale) + 1e-7, msg=name)
