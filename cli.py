@@ -242,6 +242,7 @@ class Parser(argparse.ArgumentParser):
 
 BF16 = option(False, "compute in bfloat16; weights that are trained stay in float32")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAX_HISTORY = 2  # exchanges, as published
 RERANK = ("mc", "lm", "both")  # how the best of several replies is chosen
 
 
@@ -257,7 +258,11 @@ class CommonSettings(Settings):
     )
     dataset_path: str = option("", "path or URL of a dataset; empty: download PersonaChat")
     dataset_cache: str = option("./dataset_cache.bin", "where the tokenised dataset is kept", may_change=True)
-    max_history: int = option(2, "exchanges of history to keep; -1: the whole dialog", low=-1)
+    max_history: int | None = option(
+        None,
+        f"exchanges of history to keep; -1: the whole dialog; default: {MAX_HISTORY} in training, then as in training",
+        low=-1,
+    )
     device: str = option(DEVICE, "cuda, cuda:1, cpu or mps", may_change=True)
     bf16: bool = BF16
     seed: int = option(42, "of everything random; in a chat 0 is another one each time", low=0)

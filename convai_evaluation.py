@@ -382,6 +382,7 @@ def main() -> None:
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_finetuned_model(settings.model)
         tokenizer = load_tokenizer(files, settings.pre_tokenizer)
+        settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
         dialogs = Dialogs(training, settings.valid_path, whole=True)
         splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
         from cpu import optimize_for_cpu_inference

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -412,6 +412,7 @@ def main() -> None:
 
     files = find_finetuned_model(settings.model)
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
+    settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
 
     # Heavy: after all that can be told to be wrong at once.
     from cpu import optimize_for_cpu_inference

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from card import describe
 from cli import (
+    MAX_HISTORY,
     DatasetSettings,
     Decoding,
     Parser,
@@ -95,6 +96,8 @@ class TrainingSettings(LearningSettings, DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_history is None:
+            object.__setattr__(self, "max_history", MAX_HISTORY)
         if self.lora_save == "adapter" and not self.lora:
             raise UserError("--lora_save adapter without --lora; give a rank, such as --lora 16")
 
@@ -501,6 +504,7 @@ def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device)
     """The model, its tokenizer, and the instances to train and to validate on."""
     dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
+    tokenizer.max_history = settings.max_history
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
     from model import load_model  # heavy: after all that can be told to be wrong at once
 

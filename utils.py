@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, explain_errors, first_line, log, printable
+from cli import MAX_HISTORY, UserError, explain_errors, first_line, log, printable
 from dialogs import SPLIT_SEED, Dialogs
 from files import lock, typed_path, whole_files
 from model_files import ModelFiles
@@ -84,6 +84,24 @@ class DialogTokenizer:
 
         self.hf.backend_tokenizer.normalizer = normalizers.Sequence([])
         self.hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+    @property
+    def max_history(self) -> int | None:
+        """The exchanges of history that the model was trained to see; None where that is not known."""
+        return self.hf.init_kwargs.get("max_history")
+
+    @max_history.setter
+    def max_history(self, exchanges: int) -> None:
+        self.hf.init_kwargs["max_history"] = exchanges  # saved with the tokenizer: an adapter has no config.json
+
+    def choose_max_history(self, asked: int | None) -> int:
+        """The exchanges of history to show, where the user asked for so many, or (None) for no number."""
+        trained = self.max_history
+        if asked is None:
+            return MAX_HISTORY if trained is None else trained
+        if trained not in (None, asked):
+            log.info(f"--max_history {asked}: the model was trained with {trained}")
+        return asked
 
     def __len__(self) -> int:
         """The number of rows an embedding needs for every id of this tokenizer."""

@@ -95,7 +95,7 @@ def test_an_error_is_explained_in_one_line(error, kinds, line):
         (train, "--lr nan", "argument --lr: expected a number of at least 0, found 'nan'"),
         (train, "--lr inf", "argument --lr: expected a number of at least 0 and at most 2147483647, found 'inf'"),
         (train, "--max_norm=-inf", "argument --max_norm: expected a number of at least 0, found '-inf'"),
-        (train, "--max_history -1", "argument --max_history: expected a whole number of at least 0, found '-1'"),
+        (train, "--max_history -2", "argument --max_history: expected a whole number of at least -1, found '-2'"),
         (train, "--seed -1", "argument --seed: expected a whole number of at least 0, found '-1'"),
         (
             train,
