@@ -30,7 +30,7 @@ from cli import (
     run_script,
 )
 from dialogs import Dialogs, check_message, read_dataset, read_persona
-from files import find_finetuned_model, typed_path, whole_files
+from files import find_finetuned_model, is_url, typed_path, whole_files
 from formats import is_record
 from utils import load_tokenizer
 
@@ -59,6 +59,8 @@ class WebSettings(Settings):
     port: int = option(7860, "0: any free one", low=0, high=65535)
     max_queue: int = option(16, "replies that may wait; more are refused", low=1)
     share: bool = option(False, "also a public link, through Gradio's server")
+    allow_host: list[str] | None = option(None, "another name that the server may be asked by; can be repeated")
+    api_key: str | None = option(None, "what clients must show; default: the variable IMPROVEDFLEND_API_KEY")
 
 
 def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
@@ -429,7 +431,11 @@ def main() -> None:
         from endpoint import Bot
         from web import serve
 
-        bot = Bot(settings.model, persona, decoding, settings.max_history, seed, dialogs)
+        # A folder or a file is known by its own name: where it lies is nobody's business.
+        name = settings.model
+        if is_url(name) or os.path.exists(name):
+            name = Path(name).resolve().name
+        bot = Bot(name, persona, decoding, settings.max_history, seed, dialogs)
         serve(model, tokenizer, bot, web_settings)
         return
     chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)

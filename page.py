@@ -3,6 +3,8 @@
 It keeps nothing on the server: a chat is what the browser shows, and comes with every event.
 """
 
+import asyncio
+import html
 import os
 import random
 import re
@@ -17,7 +19,7 @@ import gradio as gr
 
 from cli import Decoding, UserError
 from dialogs import check_message
-from endpoint import MAX_PERSONA, Ask, Bot, Busy, Worker
+from endpoint import Ask, Bot, Job, Unavailable, Worker
 from generation import Reply
 
 # ------------------------------------------------------------------------------------------------------------
@@ -46,8 +48,6 @@ class Page:
         """The reply wanted to the last message of a chat. values: of the OPTIONS. Raises UserError."""
         said = ["".join(part["text"] for part in message["content"]).replace(JOINER, "") for message in chat]
         sentences = [check_message(line) for line in persona.splitlines() if line.strip()]
-        if len(sentences) > MAX_PERSONA:
-            raise UserError(f"the persona has {len(sentences)} sentences; expected at most {MAX_PERSONA}")
         options = dict(zip(OPTIONS, values, strict=True))
         decoding = self.bot.decoding
         if options["n_replies"] > 1:
@@ -65,15 +65,27 @@ class Page:
         yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop")
         try:
             with self.worker.submit(self.ask(chat, persona, values)) as job:
-                async for step in job:
-                    reply = {"role": "assistant", "content": shown(step.texts[0])}
-                    if step.candidates:
-                        yield [*chat, reply | {"options": alternatives(step.candidates)}], gr.skip()
-                    elif step.texts[0]:
-                        yield [*chat, reply | {"metadata": WRITTEN}], gr.skip()
-        except (UserError, Busy) as error:
+                while (step := await self.next_step(job)) is not None:
+                    yield [*chat, step], gr.skip()
+        except (UserError, Unavailable) as error:
             gr.Warning(str(error), title="")
             yield chat, gr.skip()
+
+    async def next_step(self, job: Job) -> dict | None:
+        """The reply as the chat shows it next; None after its end. A waiting one tells its place each second.
+
+        Gradio looks only between two steps whether the page is still open.
+        """
+        try:
+            step = await asyncio.wait_for(anext(job, None), 1)
+        except TimeoutError:
+            ahead = self.worker.ahead(job)
+            return AWAITED | {"content": f"… {ahead} before you"} if ahead else AWAITED
+        if step is None:
+            return None
+        if step.candidates:
+            return {"role": "assistant", "content": shown(step.texts[0]), "options": alternatives(step.candidates)}
+        return {"role": "assistant", "content": shown(step.texts[0]), "metadata": WRITTEN} if step.texts[0] else AWAITED
 
     def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
         """Begin anew from a message of the user that was changed."""
@@ -101,15 +113,31 @@ def alternatives(candidates: dict[str, Reply]) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 CSS = """
+#head { padding: 0; }
+#head h1 { display: inline; margin-right: 12px; font-size: 1.6em; font-weight: bold; }
 .gradio-container { width: 100%; max-width: 1200px !important; margin: auto; }
-#chat .icon-button-wrapper.top-panel { display: none; }
-@media (max-width: 640px) { #chat { height: 60vh !important; } .gradio-container { padding: 8px !important; } }
+#chat { height: calc(100dvh - 250px) !important; min-height: 320px; }
+#chat .top-panel { display: none; }  /* a bin, which "New chat" is too */
+#chat .placeholder { padding: 0 16px; text-align: center; }
+#chat .options { display: flex; flex-direction: column; margin: 0 16px; gap: 4px; }
+#chat .option { text-align: left; padding: 8px 12px; min-height: 36px; max-width: 100%; }
+#chat .icon-button { min-width: 30px; min-height: 30px; }
+#chat .edit-textarea { min-width: min(420px, 60vw); min-height: 90px; }
+button.sm, #message button { min-height: 36px; }
+.label-wrap { padding: 3px 0; }
+:is(button, textarea, input):focus-visible { outline: 2px solid var(--color-accent) !important; }
+#message:focus-within { box-shadow: inset 0 0 0 2px var(--color-accent) !important; }
+#message textarea { outline: none !important; }
+@media (max-width: 640px) { #chat { height: 60dvh !important; } .gradio-container { padding: 8px !important; } }
 """
-# Fonts by name: none is fetched.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+# Fonts by name, so that none is fetched. Placeholders that can be read: 4.5 to 1 against their ground, or more.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+    input_placeholder_color="#6b6b74", input_placeholder_color_dark="#a2a2ab"
+)
 SLIDERS = {name: option.metadata for name, option in Decoding.options().items() if option.metadata["slider"]}
 OPTIONS = (*SLIDERS, "rerank")
-SCRIPT = f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>"
+# Part of every event that page.js answers, since the script may arrive after the page.
+LOADED = "while (!window.page) await new Promise((resolve) => setTimeout(resolve, 20));"
 
 
 def settings_column(bot: Bot) -> tuple[gr.Textbox, gr.Button, list]:
@@ -134,42 +162,54 @@ def settings_column(bot: Bot) -> tuple[gr.Textbox, gr.Button, list]:
     return persona, drawn, options
 
 
+def look(bot: Bot) -> dict:
+    """Theme, style and script of the page, for Gradio's launch."""
+    # A chat with another model, or another persona to begin with, is another one.
+    key = zlib.crc32("\n".join([bot.name, *bot.persona]).encode(errors="replace"))
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    return {"theme": THEME, "css": CSS, "head": f"<script>const KEY = 'chat {key}';\n{script}</script>"}
+
+
+def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
+    """The chat, the message box, and the buttons for a new chat and for a transcript."""
+    chat = gr.Chatbot(
+        elem_id="chat",
+        show_label=False,
+        placeholder="Say something to begin. The bot answers in the character of its persona.",
+        render_markdown=False,
+        latex_delimiters=[],
+        buttons=["copy"],
+        editable="user",
+    )
+    box = gr.Textbox(
+        placeholder="Type a message",
+        label="Message",
+        show_label=False,
+        autofocus=True,
+        submit_btn="Send",
+        max_lines=6,
+        elem_id="message",
+    )
+    with gr.Row():
+        new, download = (gr.Button(name, size="sm", interactive=False) for name in ("New chat", "Transcript"))
+    return chat, box, new, download
+
+
 def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
-    """The page: its parts, and which handler answers which event."""
+    """The page: its parts, and what answers their events."""
     page = Page(worker, bot)
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title="Chat with a persona", analytics_enabled=False) as blocks:
-        gr.Markdown("# Chat with a persona")
+        gr.HTML(f"<h1>Chat with a persona</h1>{html.escape(bot.name)}", elem_id="head")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                chat = gr.Chatbot(
-                    elem_id="chat",
-                    show_label=False,
-                    height="65vh",
-                    render_markdown=False,
-                    latex_delimiters=[],
-                    buttons=["copy"],
-                    editable="user",
-                )
-                box = gr.Textbox(
-                    placeholder="Type a message",
-                    label="Message",
-                    show_label=False,
-                    autofocus=True,
-                    submit_btn="Send",
-                    max_lines=6,
-                    elem_id="message",
-                )
-                with gr.Row():
-                    new, download = (gr.Button(name, size="sm", min_width=90) for name in ("New chat", "Transcript"))
+                chat, box, new, download = chat_column()
             with gr.Column(scale=1, min_width=260):
                 persona, drawn, options = settings_column(bot)
-        key = f"chat {bot.name} {zlib.crc32(persona.value.encode())}"
-        saved = gr.BrowserState([[], persona.value], storage_key=key, secret=key)
 
         def in_browser(function: str, inputs: list, outputs: list) -> dict:
             """An event that a function of page.js answers."""
-            js = f"(...values) => page.{function}(...values)"
+            js = f"async (...values) => {{ {LOADED} return page.{function}(...values); }}"
             return {"fn": None, "inputs": inputs, "outputs": outputs, "js": js, **hidden}
 
         wanted = [
@@ -186,6 +226,6 @@ def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
         chat.option_select(page.choose, chat, chat, **hidden)
         drawn.click(page.draw_persona, None, persona, **hidden)
         download.click(**in_browser("transcript", [chat, persona], []))
-        gr.on([chat.change, persona.change], **in_browser("save", [chat, persona, saved], [saved]))
-        blocks.load(**in_browser("restore", [chat, persona, saved], [chat, persona]))
+        gr.on([chat.change, persona.change], **in_browser("save", [chat, persona], [new, download]))
+        blocks.load(**in_browser("restore", [chat, persona], [chat, persona]))
     return blocks
