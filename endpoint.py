@@ -1,7 +1,7 @@
 """Replies for many at once, and OpenAI's chat completions made of them. Nothing of HTTP: that is web.py's.
 
-One worker thread computes replies in the order in which they were asked for. Whoever asked only waits for text, so
-conversations are never mixed, and a slow or vanished client never holds the model.
+One worker thread computes the replies that are asked for, those that overlap as rows of one batch. Whoever asked only
+waits for text, so conversations are never mixed, and a slow or vanished client never holds the model.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,11 +20,14 @@ import msgspec
 
 from cli import LARGEST, Decoding, UserError, first_line, log
 from dialogs import MAX_MESSAGE, Dialogs, check_message
-from generation import Conversation, PrefixCache, Reply
+from generation import Conversation, Generation, PrefixCache, Reply
 from records import NO_JSON, split_sentences
 
 MAX_CHOICES = 16
 MAX_STOPS = 64
+MAX_PERSONA = 100_000  # characters
+MAX_ROWS = 32  # replies in a batch
+MAX_DRAWN = 16_384  # tokens that may be drawn in a batch: its memory grows with them
 KEPT_PREFIXES = 8  # conversations whose keys and values stay in memory
 
 
@@ -41,7 +44,7 @@ class Bot:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Replies, one after the other
+# What is wanted, and how far it is
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -53,9 +56,13 @@ class Unavailable(Exception):
         self.status, self.retry_after = status, retry_after
 
 
+def stopping() -> Unavailable:
+    return Unavailable(503, "the server is stopping")
+
+
 @dataclass
 class Ask:
-    """What a reply is wanted to. Data only, so that a worker can see what waits and may compute it together."""
+    """What a reply is wanted to. Data only, so that the worker can see what may be computed together."""
 
     persona: list[str]
     dialog: list[str]  # utterances, oldest first; the last one is the other person's
@@ -72,15 +79,16 @@ class Progress:
 
     texts: list[str]
     finished: list[str | None]  # OpenAI's finish reason of each: None while it is written, "stop" or "length"
-    candidates: dict[str, Reply] = field(default_factory=dict)  # at the end: all that were drawn, best first
-    usage: dict[str, int] | None = None  # at the end: numbers of tokens
+    candidates: dict[str, Reply] = field(default_factory=dict)  # at the end: what the best was chosen from, best first
+    usage: dict[str, int] = field(default_factory=dict)  # at the end: numbers of tokens
+    warning: str = ""  # at the end: what of the request the model did not see
 
 
 class Job:
     """A reply that is waited for: an async iterator of its `Progress`. Leaving its context gives the reply up."""
 
     def __init__(self, ask: Ask):
-        self.ask, self.gone = ask, threading.Event()
+        self.ask, self.over = ask, False
         self.steps: asyncio.Queue = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
@@ -88,6 +96,12 @@ class Job:
         """Hand a step to the waiting side's event loop, from the worker thread. An exception is raised there."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
             self.loop.call_soon_threadsafe(self.steps.put_nowait, step)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Tell the waiting side that nothing more comes; once, and to nobody that has left."""
+        if not self.over:
+            self.put(error or StopAsyncIteration())
+        self.over = True
 
     def __aiter__(self) -> "Job":
         return self
@@ -102,11 +116,74 @@ class Job:
         return self
 
     def __exit__(self, *_) -> None:
-        self.gone.set()
+        self.over = True
+
+
+class Writing:
+    """The replies of an `Ask` as token ids, and the texts of what is drawn of them."""
+
+    def __init__(self, chat: Conversation, ask: Ask):
+        self.ask, self.tokenizer = ask, chat.tokenizer
+        *history, text = ask.dialog
+        chat.resume(history[-chat.n_history :])
+        message, self.begun = self.tokenizer.encode([text, ask.begun])
+        self.n_begun = len(self.tokenizer.decode(self.begun))  # characters
+        self.generation = chat.generation(message, self.begun)
+        self.truncated, self.warning = chat.truncated, chat.truncation
+        # The best of more replies than are wanted are known at the end only.
+        self.ranked = ask.decoding.n_replies > ask.n
+        self.done = False  # no reply grows any more
+
+    def tell(self, job: Job, replies: list[Reply]) -> None:
+        """Say how far the replies are; also their end, where it need not be waited for the others of the batch."""
+        texts, stopped = self.texts(replies, self.tokenizer.decode_start)
+        decoding = self.generation.decoding
+        self.done = all(end or not reply.can_grow(decoding) for reply, end in zip(replies, stopped, strict=True))
+        if self.done and not self.ranked:
+            self.tell_end(job, replies)
+        elif not self.done:
+            texts = [""] * self.ask.n if self.ranked else [certain(text, self.ask.stop) for text in texts]
+            job.put(Progress(texts, [None] * self.ask.n))
+
+    def tell_end(self, job: Job, replies: list[Reply]) -> None:
+        """Say the first `n` replies, which are whole. replies: all that were drawn, ranked where there are more."""
+        given = replies[: self.ask.n]
+        texts, stopped = self.texts(given, self.tokenizer.decode)
+        finished = ["stop" if end or reply.complete else "length" for reply, end in zip(given, stopped, strict=True)]
+        candidates: dict[str, Reply] = {}
+        for reply in replies if self.ranked else ():
+            candidates.setdefault(self.tokenizer.decode(reply.tokens), reply)
+        prompt, completion = len(self.generation.prefixes[0][0]), sum(len(reply.tokens) for reply in given)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        job.put(Progress(texts, finished, candidates, usage, self.warning))
+        job.end()
+
+    def texts(self, replies: list[Reply], decode: Callable[[list[int]], str]) -> tuple[list[str], list[bool]]:
+        """The text of each after what was begun, up to a stop sequence, and whether there is one."""
+        whole = (decode([*self.begun, *reply.tokens])[self.n_begun :] for reply in replies)
+        ends = [cut(text, self.ask.stop) for text in whole]
+        return [text for text, _ in ends], [stopped for _, stopped in ends]
+
+
+def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """A text up to the first stop sequence in it, and whether there is one."""
+    end = min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+    return text[:end], end is not None
+
+
+def certain(text: str, stops: tuple[str, ...]) -> str:
+    """A text without an end that may be the beginning of a stop sequence: what can be shown already."""
+    held = (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
+    return text[: len(text) - max(held, default=0)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The worker
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """Computes replies in a thread of its own.
+    """Computes replies in a thread of its own: those that wait and are drawn alike together, as rows of one batch.
 
     Args:
         max_history: exchanges that the model sees.
@@ -120,18 +197,18 @@ class Worker:
         self.prefix_cache = PrefixCache(KEPT_PREFIXES)
         self.waiting: list[Job] = []
         self.changed = threading.Condition()
+        self.truncated: set[str] = set()  # parts of requests that a warning was logged of
         self.closed = False
-        self.seconds = 1.0  # that the last reply took
+        self.seconds = 1.0  # that the last batch took
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def check_room(self) -> None:
         """Raise Unavailable where no more replies may wait."""
         with self.changed:
-            self.waiting = [job for job in self.waiting if not job.gone.is_set()]
             if self.closed:
-                raise Unavailable(503, "the server is stopping")
-            if len(self.waiting) >= self.max_queue:
+                raise stopping()
+            if len(self._still_waiting()) >= self.max_queue:
                 message = f"{self.max_queue} replies are waited for already; try again in a moment"
                 raise Unavailable(429, message, max(1, math.ceil(self.seconds)))
 
@@ -145,9 +222,9 @@ class Worker:
         return job
 
     def ahead(self, job: Job) -> int:
-        """The number of replies that are computed before this one."""
+        """The number of replies that were asked for before this one and are not written yet; 0 once this one is."""
         with self.changed:
-            waiting = [other for other in self.waiting if not other.gone.is_set()]
+            waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
 
     def close(self) -> None:
@@ -158,76 +235,71 @@ class Worker:
         self.thread.join()
 
     def _work(self) -> None:
-        """The one place where jobs are taken and computed."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.closed)
-                if self.closed:
-                    break
-                job = self.waiting.pop(0)
-            self._run(job)
+        while jobs := self._next_jobs():
+            start = time.monotonic()
+            try:
+                self._run(jobs)
+                failure = stopping()
+            except Exception as error:  # a bug, or a full GPU: the worker goes on with the next jobs
+                log.exception("a reply failed")
+                failure = Unavailable(500, f"the reply failed: {first_line(error)}")
+            for job in jobs:
+                job.end(failure)
+            self.seconds = time.monotonic() - start
         for job in self.waiting:
-            job.put(Unavailable(503, "the server is stopping"))
+            job.end(stopping())
 
-    def _run(self, job: Job) -> None:
-        start, end = time.monotonic(), StopAsyncIteration()
-        try:
-            for step in () if job.gone.is_set() else self._replies(job.ask):
-                if job.gone.is_set() or self.closed:
-                    end = Unavailable(503, "the server is stopping")
-                    break
-                job.put(step)
-        except Exception as error:  # a bug, or a full GPU: the worker goes on with the next job
-            log.exception("a reply failed")
-            end = Unavailable(500, f"the reply failed: {first_line(error)}")
-        job.put(end)
-        self.seconds = time.monotonic() - start
+    def _next_jobs(self) -> list[Job]:
+        """Wait for the next job; it, and those that can be computed with it. None once the worker is closed."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._still_waiting() or self.closed)
+            if self.closed:
+                return []
+            decoding = self.waiting[0].ask.decoding
+            rows = min(MAX_ROWS, MAX_DRAWN // min(decoding.max_length, self.model.limit))
+            jobs = [job for job in self.waiting if job.ask.decoding == decoding][: max(1, rows // decoding.n_replies)]
+            self.waiting = [job for job in self.waiting if job not in jobs]
+            return jobs
 
-    def _replies(self, ask: Ask) -> Iterator[Progress]:
-        """The replies as they grow: a step for every token. The only place that knows how replies are drawn."""
+    def _still_waiting(self) -> list[Job]:
+        """The queue, without those that nobody waits for any more."""
+        self.waiting = [job for job in self.waiting if not job.over]
+        return self.waiting
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Draw a token of every reply at a time, for as long as anybody waits for one."""
+        writings = [self._writing(job.ask) for job in jobs]
+        generation = joined([writing.generation for writing in writings])
+        for drawn in generation:
+            for job, writing, replies in zip(jobs, writings, drawn, strict=True):
+                if not job.over:
+                    writing.tell(job, replies)
+            if self.closed:
+                return
+            if all(job.over or writing.done for job, writing in zip(jobs, writings, strict=True)):
+                break
+        if len(jobs) == 1 or not all(job.over for job in jobs):  # alone: also to keep its prefix for the next turn
+            for job, writing, replies in zip(jobs, writings, generation.finish(), strict=True):
+                if not job.over:
+                    writing.tell_end(job, replies)
+
+    def _writing(self, ask: Ask) -> Writing:
         seed = (next(self.seeds) if ask.seed is None else ask.seed) % 2**63
         settings = ask.decoding, self.max_history, seed, self.prefix_cache
-        chat = Conversation(self.model, self.tokenizer, ask.persona, *settings)
-        *history, text = ask.dialog
-        chat.resume(history[-chat.n_history :])
-        message, begun = self.tokenizer.encode([text, ask.begun])
-        begun_text = self.tokenizer.decode(begun)
-
-        def written(replies: list[Reply], decode) -> tuple[list[str], list[bool]]:
-            """The text of each after what was begun, up to a stop sequence, and whether there is one."""
-            texts = [decode([*begun, *reply.tokens])[len(begun_text) :] for reply in replies]
-            return tuple(zip(*(cut(text, ask.stop) for text in texts), strict=True))
-
-        generation = chat.generation(message, begun)
-        for (drawn,) in generation:
-            texts, stopped = written(drawn, self.tokenizer.decode_start)
-            # The best of more replies than are wanted are known at the end only.
-            texts = [certain(text, ask.stop) for text in texts] if len(drawn) == ask.n else [""] * ask.n
-            yield Progress(texts, [None] * ask.n)
-            if all(stopped):
-                break
-        (ranked,), (drawn,) = generation.finish(), generation.replies
-        given = drawn if len(drawn) == ask.n else ranked[: ask.n]
-        candidates: dict[str, Reply] = {}
-        for reply in ranked:
-            candidates.setdefault(self.tokenizer.decode(reply.tokens), reply)
-        texts, stopped = written(given, self.tokenizer.decode)
-        finished = ["stop" if end or reply.complete else "length" for reply, end in zip(given, stopped, strict=True)]
-        prompt, completion = len(generation.prefixes[0][0]), sum(len(reply.tokens) for reply in given)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        yield Progress(list(texts), finished, candidates, usage)
+        writing = Writing(Conversation(self.model, self.tokenizer, ask.persona, *settings), ask)
+        if not self.truncated.issuperset(writing.truncated):  # of each part once, as the terminal does
+            log.warning(f"warning: {writing.warning}")
+            self.truncated.update(writing.truncated)
+        return writing
 
 
-def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """A text up to the first stop sequence in it, and whether there is one."""
-    end = min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
-    return text[:end], end is not None
-
-
-def certain(text: str, stops: tuple[str, ...]) -> str:
-    """A text without an end that may be the beginning of a stop sequence: what can be shown already."""
-    held = (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
-    return text[: len(text) - max(held, default=0)]
+def joined(generations: list[Generation]) -> Generation:
+    """The generations of a prefix each, which draw alike, as one. Each reply keeps its own generator of chance."""
+    first, *others = generations
+    if not others:
+        return first
+    prefixes = [prefix for each in generations for prefix in each.prefixes]
+    return Generation(first.model, prefixes, first.decoding, [each.rows[0].generator for each in generations])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -319,27 +391,25 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
     As in other local servers (llama.cpp's, ollama) a last message of the assistant is the beginning of the reply,
     and only its continuation is answered. Messages without text, and those of tools, are left out.
     """
-    persona, turns = None, []
-    for message in request.messages:
-        text = text_of(message)
-        if message.role in ("system", "developer"):
-            persona = [*(persona or []), *split_sentences(text)]
-        elif message.role in ("user", "assistant"):
-            turns += [(message.role, text)] if text.strip() else []
-        elif message.role not in ("tool", "function"):
-            raise UserError(f"messages: expected role system, user, assistant or tool, found {message.role!r}")
+    told = [(message.role, text_of(message)) for message in request.messages]
+    for role in {role for role, _ in told} - {"system", "developer", "user", "assistant", "tool", "function"}:
+        raise UserError(f"messages: expected role system, user, assistant or tool, found {role[:40]!r}")
+    systems = [text for role, text in told if role in ("system", "developer")]
+    if sum(map(len, systems)) > MAX_PERSONA:
+        raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
+    persona = split_sentences("\n".join(systems)) if systems else bot.persona
+    turns = [turn for turn in told if turn[0] in ("user", "assistant") and turn[1].strip()]
     # Utterances alternate: two messages of one speaker in a row are one.
     spoken = itertools.groupby(turns, key=lambda turn: turn[0])
     dialog = [(role, " ".join(text for _, text in each)) for role, each in spoken]
-    begun = dialog.pop()[1] if dialog and dialog[-1][0] == "assistant" else ""
+    begun = check_message(dialog.pop()[1]) if dialog and dialog[-1][0] == "assistant" else ""
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
-    texts = [text for _, text in dialog[-2 * bot.max_history - 1 :]]
-    texts[-1] = check_message(texts[-1])
-    if persona is None:
-        persona = bot.persona
+    *history, message = [text for _, text in dialog[-2 * bot.max_history - 1 :]]
     decoding = asked_decoding(request, bot.decoding)
-    return Ask(persona, texts, decoding, request.seed, request.n or 1, begun, asked_stops(request))
+    seed = None if request.seed == -1 else request.seed  # -1 is any, as in llama.cpp's server
+    dialog = [*history, check_message(message)]
+    return Ask(persona, dialog, decoding, seed, request.n or 1, begun, asked_stops(request))
 
 
 def text_of(message: ChatMessage) -> str:
@@ -404,35 +474,45 @@ async def completion(job: Job, model: str) -> dict:
         async for step in job:
             end = step
     choices = [
-        {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
         for i, (text, reason) in enumerate(zip(end.texts, end.finished, strict=True))
     ]
-    return {**about(model), "object": "chat.completion", "choices": choices, "usage": end.usage}
+    return {**about(model), "object": "chat.completion", "choices": choices, "usage": end.usage} | warning(end)
 
 
 async def completion_events(job: Job, model: str, with_usage: bool) -> AsyncIterator[str]:
     """The answer piece by piece, as server-sent events. An error is one too, since the answer has begun."""
     head = {**about(model), "object": "chat.completion.chunk"}
 
-    def event(choices: list[dict], usage: dict | None = None) -> str:
-        return sse({**head, "choices": choices} | ({"usage": usage} if with_usage else {}))
+    def event(i: int, delta: dict, reason: str | None = None, **more) -> str:
+        choices = [{"index": i, "delta": delta, "finish_reason": reason}]
+        return sse({**head, "choices": choices, **({"usage": None} if with_usage else {}), **more})
 
     with job:  # whoever reads no more needs no reply
         shown = [""] * job.ask.n
         for i in range(job.ask.n):
-            yield event([{"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            yield event(i, {"role": "assistant", "content": ""})
         try:
             async for step in job:
                 for i, (text, reason) in enumerate(zip(step.texts, step.finished, strict=True)):
                     piece, shown[i] = text[len(shown[i]) :], text
                     if piece or reason:
-                        delta = {"content": piece} if piece else {}
-                        yield event([{"index": i, "delta": delta, "finish_reason": reason}])
+                        yield event(i, {"content": piece} if piece else {}, reason, **warning(step))
                 if step.usage and with_usage:
-                    yield event([], step.usage)
+                    yield sse({**head, "choices": [], "usage": step.usage})
         except Unavailable as error:
             yield sse(error_answer(error.status, str(error)))
         yield "data: [DONE]\n\n"
+
+
+def warning(step: Progress) -> dict[str, str]:
+    """What the model did not see of the request, in a field of its own beside OpenAI's."""
+    return {"warning": step.warning} if step.warning else {}
 
 
 def sse(data: dict) -> str:

@@ -451,11 +451,11 @@ class Conversation:
         # At most half of what the model takes: the rest is for what is replied to.
         longest = min(self.decoding.max_length, self.model.limit // 2)
         persona = self.tokenizer.encode(self.persona)  # each time: it may have changed, and takes no time
-        begun = begun[: self.model.limit // 4]
-        whole = token_counts(persona, history[-self.n_history :])
+        whole = token_counts(persona, history[-self.n_history :]) | {"the beginning of the reply": len(begun)}
+        begun = begun[-self.model.limit // 4 :]
         size = len(begun) + longest
         persona, history, size = truncate(persona, history[-self.n_history :], size, self.model.limit)
-        fitting = token_counts(persona, history)
+        fitting = token_counts(persona, history) | {"the beginning of the reply": len(begun)}
         self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
         tokens, types = build_prefix(persona, history, self.model.ids)
         prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)

@@ -72,6 +72,11 @@ def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
     return settings, decoding, web
 
 
+def model_name(model: str) -> str:
+    """What a model is called: a folder or a file by its own name, since where it lies is nobody's business."""
+    return Path(model).resolve().name if is_url(model) or os.path.exists(model) else model
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Personas
 # ------------------------------------------------------------------------------------------------------------
@@ -405,6 +410,10 @@ def answer_lines(chat, transcript: Transcript | None) -> None:
 def main() -> None:
     settings, decoding, web_settings = parse_settings()
     device = check_device(settings.device)
+    if settings.web:  # whether nobody can listen there: before a model is loaded
+        from web import check_address
+
+        check_address(web_settings)
     seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
     random.seed(seed)
     dialogs = Dialogs(settings.dataset_path)
@@ -431,11 +440,7 @@ def main() -> None:
         from endpoint import Bot
         from web import serve
 
-        # A folder or a file is known by its own name: where it lies is nobody's business.
-        name = settings.model
-        if is_url(name) or os.path.exists(name):
-            name = Path(name).resolve().name
-        bot = Bot(name, persona, decoding, settings.max_history, seed, dialogs)
+        bot = Bot(model_name(settings.model), persona, decoding, settings.max_history, seed, dialogs)
         serve(model, tokenizer, bot, web_settings)
         return
     chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)

@@ -19,7 +19,7 @@ import gradio as gr
 
 from cli import Decoding, UserError
 from dialogs import check_message
-from endpoint import Ask, Bot, Job, Unavailable, Worker
+from endpoint import Ask, Bot, Job, Progress, Unavailable, Worker
 from generation import Reply
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,35 +57,40 @@ class Page:
         return Ask(sentences, [*said[:-1], check_message(said[-1])], decoding)
 
     async def answer(self, chat: list[dict], persona: str, *values) -> AsyncIterator[tuple]:
-        """Yields the chat, with the awaited reply as it grows, and the message box's buttons."""
+        """Yields the chat, with the awaited reply as it grows, the message box's buttons and the note below it."""
         *chat, last = chat or [{}]
         if (last.get("metadata") or {}).get("status") != "pending":
-            yield gr.skip(), gr.skip()
+            yield gr.skip(), gr.skip(), gr.skip()
             return
-        yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop")
+        yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop"), gr.skip()
         try:
             with self.worker.submit(self.ask(chat, persona, values)) as job:
-                while (step := await self.next_step(job)) is not None:
-                    yield [*chat, step], gr.skip()
+                async for reply, said in self.growing(job):
+                    yield [*chat, reply], gr.skip(), said
         except (UserError, Unavailable) as error:
             gr.Warning(str(error), title="")
-            yield chat, gr.skip()
+            yield chat, gr.skip(), gr.skip()
 
-    async def next_step(self, job: Job) -> dict | None:
-        """The reply as the chat shows it next; None after its end. A waiting one tells its place each second.
+    async def growing(self, job: Job) -> AsyncIterator[tuple[dict, str | dict]]:
+        """The reply as the chat shows it next, and the note. One that waits tells its place each second.
 
         Gradio looks only between two steps whether the page is still open.
         """
-        try:
-            step = await asyncio.wait_for(anext(job, None), 1)
-        except TimeoutError:
-            ahead = self.worker.ahead(job)
-            return AWAITED | {"content": f"… {ahead} before you"} if ahead else AWAITED
-        if step is None:
-            return None
-        if step.candidates:
-            return {"role": "assistant", "content": shown(step.texts[0]), "options": alternatives(step.candidates)}
-        return {"role": "assistant", "content": shown(step.texts[0]), "metadata": WRITTEN} if step.texts[0] else AWAITED
+        reply, said = AWAITED, gr.skip()
+        while True:
+            try:
+                step = await asyncio.wait_for(anext(job), 1)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if "log" in reply["metadata"]:
+                    ahead = self.worker.ahead(job)
+                    reply = AWAITED | {"content": f"… {ahead} before you" if ahead else "…"}
+            else:
+                reply = bubble(step)
+                if step.usage:
+                    said = step.warning
+            yield reply, said
 
     def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
         """Begin anew from a message of the user that was changed."""
@@ -100,6 +105,14 @@ class Page:
             return "\n".join(random.choice(self.bot.dialogs.personas))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+
+def bubble(step: Progress) -> dict:
+    """The reply as the chat shows it."""
+    (text,), (finished,) = step.texts, step.finished
+    if finished:
+        return {"role": "assistant", "content": shown(text), "options": alternatives(step.candidates)}
+    return {"role": "assistant", "content": shown(text), "metadata": WRITTEN} if text else AWAITED
 
 
 def alternatives(candidates: dict[str, Reply]) -> list[dict]:
@@ -127,6 +140,7 @@ button.sm, #message button { min-height: 36px; }
 .label-wrap { padding: 3px 0; }
 :is(button, textarea, input):focus-visible { outline: 2px solid var(--color-accent) !important; }
 #message:focus-within { box-shadow: inset 0 0 0 2px var(--color-accent) !important; }
+#note { padding: 0; font-size: 0.85em; }
 #message textarea { outline: none !important; }
 @media (max-width: 640px) { #chat { height: 60dvh !important; } .gradio-container { padding: 8px !important; } }
 """
@@ -170,8 +184,8 @@ def look(bot: Bot) -> dict:
     return {"theme": THEME, "css": CSS, "head": f"<script>const KEY = 'chat {key}';\n{script}</script>"}
 
 
-def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
-    """The chat, the message box, and the buttons for a new chat and for a transcript."""
+def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML, gr.Button, gr.Button]:
+    """The chat, the message box, the note of what the model did not see, and buttons: a new chat, a transcript."""
     chat = gr.Chatbot(
         elem_id="chat",
         show_label=False,
@@ -190,9 +204,10 @@ def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
         max_lines=6,
         elem_id="message",
     )
+    note = gr.HTML(elem_id="note")
     with gr.Row():
         new, download = (gr.Button(name, size="sm", interactive=False) for name in ("New chat", "Transcript"))
-    return chat, box, new, download
+    return chat, box, note, new, download
 
 
 def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
@@ -203,7 +218,7 @@ def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
         gr.HTML(f"<h1>Chat with a persona</h1>{html.escape(bot.name)}", elem_id="head")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                chat, box, new, download = chat_column()
+                chat, box, note, new, download = chat_column()
             with gr.Column(scale=1, min_width=260):
                 persona, drawn, options = settings_column(bot)
 
@@ -217,7 +232,7 @@ def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
             chat.retry(**in_browser("again", [chat], [chat])),
             chat.edit(page.edit, chat, chat, **hidden),
         ]
-        replies = [event.then(page.answer, [chat, persona, *options], [chat, box], **hidden) for event in wanted]
+        replies = [event.then(page.answer, [chat, persona, *options], [chat, box, note], **hidden) for event in wanted]
         for event in replies:  # also after it was cancelled
             event.then(**in_browser("settle", [chat, box], [chat, box]))
         box.stop(None, cancels=replies, **hidden)

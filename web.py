@@ -142,17 +142,12 @@ def replay(body: bytes, receive):
 
 async def whole_completion(job: Job, model: str, request: Request) -> Response:
     """An answer at once; given up when the client is gone."""
-
-    async def watch() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(0.2)
-        job.gone.set()
-
-    watching = asyncio.create_task(watch())
-    try:
-        return JSONResponse(await completion(job, model))
-    finally:
-        watching.cancel()
+    answer = asyncio.ensure_future(completion(job, model))
+    while not (await asyncio.wait([answer], timeout=0.2))[0]:
+        if await request.is_disconnected():
+            answer.cancel()
+            return Response()
+    return JSONResponse(answer.result())
 
 
 def endpoint(worker: Worker, bot: Bot) -> Starlette:
