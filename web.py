@@ -109,20 +109,21 @@ def same(one: str, other: str) -> bool:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request. Raises HTTPException for one that is too large or too slow."""
-    too_large = HTTPException(413, f"the request is larger than {MAX_BODY} bytes; send fewer messages")
-    if int(request.headers.get("content-length", "0")) > MAX_BODY:
-        raise too_large
-    body = b""
+    """The body of a request. Raises HTTPException for one that is too large or too slow.
+
+    One that is too large is read to its end, and not kept: a client that still sends would not see the answer.
+    """
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY:
-                    raise too_large
+                size += len(part)
+                body += part if size <= MAX_BODY else b""
     except TimeoutError:
         raise HTTPException(408, f"the request took longer than {BODY_SECONDS} seconds to arrive") from None
-    return body
+    if size > MAX_BODY:
+        raise HTTPException(413, f"the request has {size} bytes; expected at most {MAX_BODY}, so send fewer messages")
+    return bytes(body)
 
 
 def replay(body: bytes, receive):

@@ -12,7 +12,7 @@ from cli import Decoding, UserError
 from dialogs import MAX_MESSAGE
 from endpoint import Ask, Bot, Unavailable, Worker, asked_reply, completion, completion_events, read_request
 
-BOT = Bot("tiny", ["i like tea ."], Decoding(max_length=12), max_history=1, seed=1, dialogs=None)
+BOT = Bot("tiny", ["i like tea ."], Decoding(max_length=12, min_length=12), max_history=1, seed=1, dialogs=None)
 HELLO = {"role": "user", "content": "hello"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 
