@@ -246,6 +246,8 @@ class Worker:
             for job in jobs:
                 job.end(failure)
             self.seconds = time.monotonic() - start
+            if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
+                time.sleep(min(0.05, self.seconds / 20))
         for job in self.waiting:
             job.end(stopping())
 

@@ -397,6 +397,46 @@ def test_page_fits_a_phone_and_a_closed_page_frees_the_model(endless: str, open_
         assert complete(client, max_tokens=20).choices
 
 
+def test_what_is_typed_during_a_reply_is_safe(endless: str, open_page) -> None:
+    page = open_page(endless, viewport={"width": 1280, "height": 800})
+    box, width = page.locator("#message textarea"), page.locator("#chat").bounding_box()["width"]
+    box.fill("talk")
+    box.press("Enter")
+    page.wait_for_function("document.querySelector('#chat')?.innerText.length > 60")
+    assert box.input_value() == ""
+    box.press_sequentially("what is your favourite food ?", delay=40)
+    box.press("Enter")
+    assert box.input_value().strip() == "what is your favourite food ?", "neither erased nor sent"
+    page.keyboard.press("Escape")  # stops the reply, as the button does
+    finished(page, 2)
+    assert box.input_value().strip() == "what is your favourite food ?"
+    assert page.locator("#chat").bounding_box()["width"] == width > 700, "whatever is said"
+    box.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#chat .message-content').length == 4")
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_role("button", name="Send").wait_for()
+    page.wait_for_timeout(500)  # for what the server had sent before it heard of it
+    assert bubbles(page) == [], "the reply does not bring the old chat back"
+
+
+def test_a_waiting_message_is_shown_with_its_place(endless: str, open_page) -> None:
+    openai = pytest.importorskip("openai")
+    page = open_page(endless)
+    box = page.locator("#message textarea")
+    with openai.OpenAI(base_url=endless + "/v1", api_key="none", max_retries=0) as client:
+        running = complete(client, stream=True)
+        assert any(chunk.choices[0].delta.content for chunk in running)
+        box.fill("my turn")
+        box.press("Enter")
+        page.get_by_text("… 1 before you").wait_for()
+        assert bubbles(page)[0] == "my turn" and box.input_value() == ""
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Send").wait_for()
+        assert bubbles(page) == [] and box.input_value() == "my turn", "taken back"
+        running.close()
+        assert complete(client, max_tokens=1).choices, "its place in the queue is free"
+
+
 def test_occupied_port_is_one_line(address: str, dialog_model) -> None:
     port = address.rsplit(":", 1)[1]
     options = ["--model", dialog_model("gpt2"), "--personality", "hi", "--web", "--port", port]
