@@ -112,6 +112,17 @@ class Job:
             raise step
         return step
 
+    async def newest(self) -> Progress:
+        """The newest step, which holds what those before it did. Raises StopAsyncIteration at the end."""
+        step = await anext(self)
+        while not self.steps.empty():
+            later = self.steps.get_nowait()
+            if isinstance(later, Exception):  # the last one there is: for the next call
+                self.steps.put_nowait(later)
+                break
+            step = later
+        return step
+
     def __enter__(self) -> "Job":
         return self
 

@@ -31,6 +31,7 @@ from generation import Reply
 WRITTEN = {"status": "pending"}
 AWAITED = {"role": "assistant", "content": "…", "metadata": WRITTEN | {"log": "awaited"}}
 JOINER = "\u2060"
+REFRESH = 0.1  # seconds between two updates of the page, which a browser shows whole each time
 
 
 def shown(text: str) -> str:
@@ -79,7 +80,7 @@ class Page:
         reply, said = AWAITED, gr.skip()
         while True:
             try:
-                step = await asyncio.wait_for(anext(job), 1)
+                step = await asyncio.wait_for(job.newest(), 1)
             except StopAsyncIteration:
                 return
             except TimeoutError:
@@ -91,6 +92,7 @@ class Page:
                 if step.usage:
                     said = step.warning
             yield reply, said
+            await asyncio.sleep(REFRESH)
 
     def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
         """Begin anew from a message of the user that was changed."""
@@ -204,7 +206,7 @@ def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML, gr.Button, gr.Button
         max_lines=6,
         elem_id="message",
     )
-    note = gr.HTML(elem_id="note")
+    note = gr.HTML(elem_id="note", padding=False)
     with gr.Row():
         new, download = (gr.Button(name, size="sm", interactive=False) for name in ("New chat", "Transcript"))
     return chat, box, note, new, download
