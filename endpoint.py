@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import msgspec
 
 from cli import LARGEST, Decoding, UserError, first_line, log
 from dialogs import MAX_MESSAGE, Dialogs, check_message
+from formats import decode
 from generation import Conversation, Generation, PrefixCache, Reply
 from records import NO_JSON, split_sentences
 
@@ -375,20 +375,14 @@ UNSUPPORTED = {
 }
 
 
-def number(text: str) -> float:
-    """A JSON number with a point. One that is whole is a whole number: some libraries know no others."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
 def read_request(body: bytes) -> ChatRequest:
     """A request from its JSON. Raises UserError."""
     try:
-        fields = msgspec.json.Decoder(dict[str, Any], float_hook=number).decode(body)
+        fields = decode(body)
         for name, neutral in UNSUPPORTED.items():
             if fields.get(name) is not None and fields[name] not in neutral:
                 raise UserError(f"{name} is not supported; leave it out")
-        request = msgspec.convert(fields, ChatRequest)
+        request = msgspec.convert(fields, ChatRequest, strict=False)  # 16.0 is whole: some libraries know no other
     except NO_JSON as error:
         raise UserError(f"not a chat completion request: {first_line(error)}") from error
     for name, (low, high) in BOUNDS.items():

@@ -70,6 +70,7 @@ def text_of(answer: dict) -> str:
         ([HELLO, {"role": "assistant", "content": "7"}, HELLO], BOT.persona, ["hello", "7", "hello"], ""),
         ([{"role": "user", "content": []}, {**HELLO, "content": ""}, HELLO], BOT.persona, ["hello"], ""),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}], BOT.persona, ["a a"], ""),
+        ([{"role": "user", "content": "a \ud83d"}], BOT.persona, ["a \ufffd"], ""),
         ([HELLO, {"role": "assistant", "content": "7"}] * 9 + [HELLO], BOT.persona, ["hello", "7", "hello"], ""),
     ],
 )

@@ -286,7 +286,7 @@ def open_page(browser, address: str):
     def start(url: str = address, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15000)  # none
+        page.set_default_timeout(0)  # none
         page.foreign = []
         page.on("request", lambda sent: page.foreign.append(sent.url))
         page.goto(url)
