@@ -453,18 +453,21 @@ class Conversation:
             for text, reply in zip(texts[::2], texts[1::2], strict=True)
         ]
 
-    def generation(self, message: list[int]) -> Generation:
-        """The replies to a message (token ids), not drawn yet."""
+    def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
+        """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
         history = [ids for turn in self.turns for ids in turn.ids] + [message]
         # At most half of what the model takes: the rest is for what is replied to.
         longest = min(self.decoding.max_length, self.model.limit // 2)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
-        whole = token_counts(persona, history[-self.n_history :])
-        persona, history, longest = truncate(persona, history[-self.n_history :], longest, self.model.limit)
-        fitting = token_counts(persona, history)
+        whole = token_counts(persona, history[-self.n_history :]) | {"the beginning of the reply": len(begun)}
+        begun = begun[-self.model.limit // 4 :]
+        size = len(begun) + longest
+        persona, history, size = truncate(persona, history[-self.n_history :], size, self.model.limit)
+        fitting = token_counts(persona, history) | {"the beginning of the reply": len(begun)}
         self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
-        prefix = build_prefix(persona, history, self.model.ids)
-        decoding = replace(self.decoding, max_length=longest)
+        tokens, types = build_prefix(persona, history, self.model.ids)
+        prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)
+        decoding = replace(self.decoding, max_length=max(size - len(begun), 1))
         return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -93,8 +93,8 @@ def truncate(
         persona, history and the tokens left for a reply (at least one).
     """
     room = limit - 3 - reply  # <bos>, the reply's speaker, <eos>
-    while persona and sum(map(len, persona + history[-1:])) + len(history[-1:]) > room:
-        persona = persona[:-1]
+    beside_message = room - sum(len(utterance) + 1 for utterance in history[-1:])
+    persona = persona[: sum(size <= beside_message for size in accumulate(map(len, persona)))]
     too_many = sum(map(len, persona)) + sum(len(utterance) + 1 for utterance in history) - room
     while too_many > 0 and history:
         oldest, *later = history

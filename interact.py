@@ -30,7 +30,7 @@ from cli import (
     run_script,
 )
 from dialogs import Dialogs, check_message, read_dataset, read_persona
-from files import typed_path, whole_files
+from files import is_url, typed_path, whole_files
 from formats import is_record
 from model_files import find_finetuned_model
 from utils import load_tokenizer
@@ -60,6 +60,8 @@ class WebSettings(Settings):
     port: int = option(7860, "0: any free one", low=0, high=65535)
     max_queue: int = option(16, "replies that may wait; more are refused", low=1)
     share: bool = option(False, "also a public link, through Gradio's server")
+    allow_host: list[str] | None = option(None, "another name that the server may be asked by; can be repeated")
+    api_key: str | None = option(None, "what clients must show; default: the variable IMPROVEDFLEND_API_KEY")
 
 
 def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
@@ -69,6 +71,11 @@ def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
     if settings.web and importlib.util.find_spec("gradio") is None:
         raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
     return settings, decoding, web
+
+
+def model_name(model: str) -> str:
+    """What a model is called: a folder or a file by its own name, since where it lies is nobody's business."""
+    return Path(model).resolve().name if is_url(model) or os.path.exists(model) else model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,6 +411,10 @@ def answer_lines(chat, transcript: Transcript | None) -> None:
 def main() -> None:
     settings, decoding, web_settings = parse_settings()
     device = check_device(settings.device)
+    if settings.web:  # whether nobody can listen there: before a model is loaded
+        from web import check_address
+
+        check_address(web_settings)
     seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
     random.seed(seed)
     dialogs = Dialogs(settings.dataset_path)
@@ -431,7 +442,7 @@ def main() -> None:
         from endpoint import Bot
         from web import serve
 
-        bot = Bot(settings.model, persona, decoding, settings.max_history, seed, dialogs)
+        bot = Bot(model_name(settings.model), persona, decoding, settings.max_history, seed, dialogs)
         serve(model, tokenizer, bot, web_settings)
         return
     chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)

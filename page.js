@@ -1,5 +1,5 @@
 // What the chat page does in the browser, where its chat lives: a list of messages as Gradio's Chatbot has them.
-// A last message that is pending is a reply that is awaited (it has a log) or written.
+// A last message that is pending is a reply that is awaited (it has a log) or written. KEY is set by page.py.
 
 const isPending = (chat) => chat.at(-1)?.metadata?.status === "pending";
 const textOf = (message) => message.content.map((part) => part.text).join("").replaceAll("\u2060", "");
@@ -46,15 +46,17 @@ window.page = {
         return [[]];
     },
 
-    // Kept for a reload, but not a reply in the making.
-    save: (chat, persona, saved) => [!restored || isPending(chat) ? saved : [chat, persona]],
+    // Kept in the browser for a reload, but not a reply in the making. The buttons below the chat need a chat.
+    save(chat, persona) {
+        if (restored && !isPending(chat)) localStorage.setItem(KEY, JSON.stringify([chat, persona]));
+        const button = {__type__: "update", interactive: chat.length > 0};
+        return [button, button];
+    },
 
-    restore(chat, persona, saved) {
-        document.addEventListener("keydown", (event) => {
-            if (event.key === "Escape") document.querySelector("#message .stop-button")?.click();
-        });
+    restore(chat, persona) {
+        const saved = localStorage.getItem(KEY);
         restored = true;
-        return chat.length ? [chat, persona] : saved;
+        return chat.length || !saved ? [chat, persona] : JSON.parse(saved);
     },
 
     // The chat as a file of training data, made here: the server writes none.
@@ -67,3 +69,7 @@ window.page = {
         link.click();
     },
 };
+
+document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") document.querySelector("#message .stop-button")?.click();
+});

@@ -3,6 +3,8 @@
 It keeps nothing on the server: a chat is what the browser shows, and comes with every event.
 """
 
+import asyncio
+import html
 import os
 import random
 import re
@@ -17,7 +19,7 @@ import gradio as gr
 
 from cli import Decoding, UserError
 from dialogs import check_message
-from endpoint import MAX_PERSONA, Ask, Bot, Busy, Worker
+from endpoint import Ask, Bot, Job, Progress, Unavailable, Worker
 from generation import Reply
 
 # ------------------------------------------------------------------------------------------------------------
@@ -29,6 +31,7 @@ from generation import Reply
 WRITTEN = {"status": "pending"}
 AWAITED = {"role": "assistant", "content": "…", "metadata": WRITTEN | {"log": "awaited"}}
 JOINER = "\u2060"
+REFRESH = 0.1  # seconds between two updates of the page, which a browser shows whole each time
 
 
 def shown(text: str) -> str:
@@ -46,8 +49,6 @@ class Page:
         """The reply wanted to the last message of a chat. values: of the OPTIONS. Raises UserError."""
         said = ["".join(part["text"] for part in message["content"]).replace(JOINER, "") for message in chat]
         sentences = [check_message(line) for line in persona.splitlines() if line.strip()]
-        if len(sentences) > MAX_PERSONA:
-            raise UserError(f"the persona has {len(sentences)} sentences; expected at most {MAX_PERSONA}")
         options = dict(zip(OPTIONS, values, strict=True))
         decoding = self.bot.decoding
         if options["n_replies"] > 1:
@@ -57,23 +58,41 @@ class Page:
         return Ask(sentences, [*said[:-1], check_message(said[-1])], decoding)
 
     async def answer(self, chat: list[dict], persona: str, *values) -> AsyncIterator[tuple]:
-        """Yields the chat, with the awaited reply as it grows, and the message box's buttons."""
+        """Yields the chat, with the awaited reply as it grows, the message box's buttons and the note below it."""
         *chat, last = chat or [{}]
         if (last.get("metadata") or {}).get("status") != "pending":
-            yield gr.skip(), gr.skip()
+            yield gr.skip(), gr.skip(), gr.skip()
             return
-        yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop")
+        yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop"), gr.skip()
         try:
             with self.worker.submit(self.ask(chat, persona, values)) as job:
-                async for step in job:
-                    reply = {"role": "assistant", "content": shown(step.texts[0])}
-                    if step.candidates:
-                        yield [*chat, reply | {"options": alternatives(step.candidates)}], gr.skip()
-                    elif step.texts[0]:
-                        yield [*chat, reply | {"metadata": WRITTEN}], gr.skip()
-        except (UserError, Busy) as error:
+                async for reply, said in self.growing(job):
+                    yield [*chat, reply], gr.skip(), said
+        except (UserError, Unavailable) as error:
             gr.Warning(str(error), title="")
-            yield chat, gr.skip()
+            yield chat, gr.skip(), gr.skip()
+
+    async def growing(self, job: Job) -> AsyncIterator[tuple[dict, str | dict]]:
+        """The reply as the chat shows it next, and the note. One that waits tells its place each second.
+
+        Gradio looks only between two steps whether the page is still open.
+        """
+        reply, said = AWAITED, gr.skip()
+        while True:
+            try:
+                step = await asyncio.wait_for(job.newest(), 1)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if "log" in reply["metadata"]:
+                    ahead = self.worker.ahead(job)
+                    reply = AWAITED | {"content": f"… {ahead} before you" if ahead else "…"}
+            else:
+                reply = bubble(step)
+                if step.usage:
+                    said = step.warning
+            yield reply, said
+            await asyncio.sleep(REFRESH)
 
     def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
         """Begin anew from a message of the user that was changed."""
@@ -90,6 +109,14 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from error
 
 
+def bubble(step: Progress) -> dict:
+    """The reply as the chat shows it."""
+    (text,), (finished,) = step.texts, step.finished
+    if finished:
+        return {"role": "assistant", "content": shown(text), "options": alternatives(step.candidates)}
+    return {"role": "assistant", "content": shown(text), "metadata": WRITTEN} if text else AWAITED
+
+
 def alternatives(candidates: dict[str, Reply]) -> list[dict]:
     """The buttons under a reply, best first: every text that was drawn, where there are several."""
     scores = {text: f"head {r.mc_score:.2f}, likelihood {r.token_log_likelihood:.2f}" for text, r in candidates.items()}
@@ -101,15 +128,32 @@ def alternatives(candidates: dict[str, Reply]) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 CSS = """
+#head { padding: 0; }
+#head h1 { display: inline; margin-right: 12px; font-size: 1.6em; font-weight: bold; }
 .gradio-container { width: 100%; max-width: 1200px !important; margin: auto; }
-#chat .icon-button-wrapper.top-panel { display: none; }
-@media (max-width: 640px) { #chat { height: 60vh !important; } .gradio-container { padding: 8px !important; } }
+#chat { height: calc(100dvh - 250px) !important; min-height: 320px; }
+#chat .top-panel { display: none; }  /* a bin, which "New chat" is too */
+#chat .placeholder { padding: 0 16px; text-align: center; }
+#chat .options { display: flex; flex-direction: column; margin: 0 16px; gap: 4px; }
+#chat .option { text-align: left; padding: 8px 12px; min-height: 36px; max-width: 100%; }
+#chat .icon-button { min-width: 30px; min-height: 30px; }
+#chat .edit-textarea { min-width: min(420px, 60vw); min-height: 90px; }
+button.sm, #message button { min-height: 36px; }
+.label-wrap { padding: 3px 0; }
+:is(button, textarea, input):focus-visible { outline: 2px solid var(--color-accent) !important; }
+#message:focus-within { box-shadow: inset 0 0 0 2px var(--color-accent) !important; }
+#note { padding: 0; font-size: 0.85em; }
+#message textarea { outline: none !important; }
+@media (max-width: 640px) { #chat { height: 60dvh !important; } .gradio-container { padding: 8px !important; } }
 """
-# Fonts by name: none is fetched.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+# Fonts by name, so that none is fetched. Placeholders that can be read: 4.5 to 1 against their ground, or more.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+    input_placeholder_color="#6b6b74", input_placeholder_color_dark="#a2a2ab"
+)
 SLIDERS = {name: option.metadata for name, option in Decoding.options().items() if option.metadata["slider"]}
 OPTIONS = (*SLIDERS, "rerank")
-SCRIPT = f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>"
+# Part of every event that page.js answers, since the script may arrive after the page.
+LOADED = "while (!window.page) await new Promise((resolve) => setTimeout(resolve, 20));"
 
 
 def settings_column(bot: Bot) -> tuple[gr.Textbox, gr.Button, list]:
@@ -134,42 +178,55 @@ def settings_column(bot: Bot) -> tuple[gr.Textbox, gr.Button, list]:
     return persona, drawn, options
 
 
+def look(bot: Bot) -> dict:
+    """Theme, style and script of the page, for Gradio's launch."""
+    # A chat with another model, or another persona to begin with, is another one.
+    key = zlib.crc32("\n".join([bot.name, *bot.persona]).encode(errors="replace"))
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    return {"theme": THEME, "css": CSS, "head": f"<script>const KEY = 'chat {key}';\n{script}</script>"}
+
+
+def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML, gr.Button, gr.Button]:
+    """The chat, the message box, the note of what the model did not see, and buttons: a new chat, a transcript."""
+    chat = gr.Chatbot(
+        elem_id="chat",
+        show_label=False,
+        placeholder="Say something to begin. The bot answers in the character of its persona.",
+        render_markdown=False,
+        latex_delimiters=[],
+        buttons=["copy"],
+        editable="user",
+    )
+    box = gr.Textbox(
+        placeholder="Type a message",
+        label="Message",
+        show_label=False,
+        autofocus=True,
+        submit_btn="Send",
+        max_lines=6,
+        elem_id="message",
+    )
+    note = gr.HTML(elem_id="note", padding=False)
+    with gr.Row():
+        new, download = (gr.Button(name, size="sm", interactive=False) for name in ("New chat", "Transcript"))
+    return chat, box, note, new, download
+
+
 def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
-    """The page: its parts, and which handler answers which event."""
+    """The page: its parts, and what answers their events."""
     page = Page(worker, bot)
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title="Chat with a persona", analytics_enabled=False) as blocks:
-        gr.Markdown("# Chat with a persona")
+        gr.HTML(f"<h1>Chat with a persona</h1>{html.escape(bot.name)}", elem_id="head")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                chat = gr.Chatbot(
-                    elem_id="chat",
-                    show_label=False,
-                    height="65vh",
-                    render_markdown=False,
-                    latex_delimiters=[],
-                    buttons=["copy"],
-                    editable="user",
-                )
-                box = gr.Textbox(
-                    placeholder="Type a message",
-                    label="Message",
-                    show_label=False,
-                    autofocus=True,
-                    submit_btn="Send",
-                    max_lines=6,
-                    elem_id="message",
-                )
-                with gr.Row():
-                    new, download = (gr.Button(name, size="sm", min_width=90) for name in ("New chat", "Transcript"))
+                chat, box, note, new, download = chat_column()
             with gr.Column(scale=1, min_width=260):
                 persona, drawn, options = settings_column(bot)
-        key = f"chat {bot.name} {zlib.crc32(persona.value.encode())}"
-        saved = gr.BrowserState([[], persona.value], storage_key=key, secret=key)
 
         def in_browser(function: str, inputs: list, outputs: list) -> dict:
             """An event that a function of page.js answers."""
-            js = f"(...values) => page.{function}(...values)"
+            js = f"async (...values) => {{ {LOADED} return page.{function}(...values); }}"
             return {"fn": None, "inputs": inputs, "outputs": outputs, "js": js, **hidden}
 
         wanted = [
@@ -177,7 +234,7 @@ def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
             chat.retry(**in_browser("again", [chat], [chat])),
             chat.edit(page.edit, chat, chat, **hidden),
         ]
-        replies = [event.then(page.answer, [chat, persona, *options], [chat, box], **hidden) for event in wanted]
+        replies = [event.then(page.answer, [chat, persona, *options], [chat, box, note], **hidden) for event in wanted]
         for event in replies:  # also after it was cancelled
             event.then(**in_browser("settle", [chat, box], [chat, box]))
         box.stop(None, cancels=replies, **hidden)
@@ -186,6 +243,6 @@ def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
         chat.option_select(page.choose, chat, chat, **hidden)
         drawn.click(page.draw_persona, None, persona, **hidden)
         download.click(**in_browser("transcript", [chat, persona], []))
-        gr.on([chat.change, persona.change], **in_browser("save", [chat, persona, saved], [saved]))
-        blocks.load(**in_browser("restore", [chat, persona, saved], [chat, persona]))
+        gr.on([chat.change, persona.change], **in_browser("save", [chat, persona], [new, download]))
+        blocks.load(**in_browser("restore", [chat, persona], [chat, persona]))
     return blocks

@@ -1,19 +1,139 @@
-"""What `interact.py --web` serves: the chat page, and the HTTP of the OpenAI-compatible endpoint."""
+"""What `interact.py --web` serves: the chat page and the endpoint, over HTTP."""
 
 import asyncio
+import ipaddress
 import os
+import secrets
+import signal
+import socket
 import tempfile
 import threading
+import time
+from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from cli import UserError, first_line, log
-from endpoint import Bot, Busy, Job, Worker, asked_reply, completion, completion_events, read_request
-from page import CSS, SCRIPT, THEME, chat_page
+from endpoint import (
+    Bot,
+    Job,
+    Unavailable,
+    Worker,
+    asked_reply,
+    completion,
+    completion_events,
+    error_answer,
+    read_request,
+)
+from page import chat_page, look
 
 MAX_BODY = 1_000_000  # bytes of a request
+BODY_SECONDS = 30  # that a request may take to arrive
+
+
+def api_error(status: int, message: str, headers: dict | None = None) -> JSONResponse:
+    return JSONResponse(error_answer(status, message), status, headers)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Who may ask
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Turns away what no route should see; reads the body of what it lets in.
+
+    A page of another site, open in a browser on this machine, must not use the bot. It can reach this server under a
+    name of its own that it lets point here, which the Host header tells; and it can post what is no JSON without the
+    browser's asking first, which the content type tells. curl sends JSON as a form, but no Origin as browsers do.
+
+    Args:
+        hosts: names that this server is known by.
+        api_key: what the endpoint asks for; empty: nothing.
+    """
+
+    def __init__(self, app, hosts: set[str], api_key: str):
+        self.app, self.hosts, self.api_key = app, hosts, api_key
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request = Request(scope, receive)
+        try:
+            self.check(request)
+            if request.method == "POST":
+                receive = replay(await read_body(request), receive)
+        except HTTPException as error:
+            return await api_error(error.status_code, error.detail, error.headers)(scope, receive, send)
+        except ClientDisconnect:
+            return None
+        return await self.app(scope, receive, send)
+
+    def check(self, request: Request) -> None:
+        """Raise HTTPException for a request that is not to be answered."""
+        path, headers = request.url.path, request.headers
+        if not is_known(headers.get("host", ""), self.hosts):
+            raise HTTPException(403, "this server is not known by the name in Host; start it with --allow_host NAME")
+        if path.endswith("/upload"):
+            raise HTTPException(404, "nothing can be uploaded")
+        if request.method == "POST" and not (is_json(headers) or path == "/login"):
+            raise HTTPException(415, "expected the content type application/json")
+        key = f"Bearer {self.api_key}" if self.api_key else ""
+        if key and path.startswith("/v1/") and not same(headers.get("authorization", ""), key):
+            raise HTTPException(401, "expected the server's API key", {"WWW-Authenticate": "Bearer"})
+
+
+def is_known(host: str, hosts: set[str]) -> bool:
+    """Whether a Host header names this server. An address does: only a name can be made to point elsewhere."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in hosts or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def is_json(headers) -> bool:
+    """Whether a body is JSON, or may be: what curl and plain programs send where nothing is said."""
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    from_browser = "origin" in headers or "sec-fetch-site" in headers
+    return kind == "application/json" or (kind in ("", "application/x-www-form-urlencoded") and not from_browser)
+
+
+def same(one: str, other: str) -> bool:
+    return secrets.compare_digest(one.encode(), other.encode())
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request. Raises HTTPException for one that is too large or too slow.
+
+    One that is too large is read to its end, and not kept: a client that still sends would not see the answer.
+    """
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                body += part if size <= MAX_BODY else b""
+    except TimeoutError:
+        raise HTTPException(408, f"the request took longer than {BODY_SECONDS} seconds to arrive") from None
+    if size > MAX_BODY:
+        raise HTTPException(413, f"the request has {size} bytes; expected at most {MAX_BODY}, so send fewer messages")
+    return bytes(body)
+
+
+def replay(body: bytes, receive):
+    """An ASGI `receive` for a body that was read already."""
+    left = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> dict:
+        return left.pop() if left else await receive()
+
+    return next_message
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -21,57 +141,59 @@ MAX_BODY = 1_000_000  # bytes of a request
 # ------------------------------------------------------------------------------------------------------------
 
 
-def api_error(status: int, message: str) -> JSONResponse:
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
-
-
-async def read_body(request: Request) -> bytes:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise UserError(f"the request is larger than {MAX_BODY} bytes; send fewer messages")
-    return body
-
-
 async def whole_completion(job: Job, model: str, request: Request) -> Response:
     """An answer at once; given up when the client is gone."""
-
-    async def watch() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(0.2)
-        job.gone.set()
-
-    watching = asyncio.create_task(watch())
-    try:
-        return JSONResponse(await completion(job, model))
-    finally:
-        watching.cancel()
+    answer = asyncio.ensure_future(completion(job, model))
+    while not (await asyncio.wait([answer], timeout=0.2))[0]:
+        if await request.is_disconnected():
+            answer.cancel()
+            return Response()
+    return JSONResponse(answer.result())
 
 
-def api_routes(worker: Worker, bot: Bot) -> list[Route]:
-    """/v1/chat/completions and /v1/models, as OpenAI's clients expect them."""
+def endpoint(worker: Worker, bot: Bot) -> Starlette:
+    """What is under /v1, as OpenAI's clients expect it."""
+    model = {"id": bot.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     async def complete(request: Request) -> Response:
-        try:
-            asked = read_request(await read_body(request))
-            job = worker.submit(await asyncio.to_thread(asked_reply, asked, bot.persona, bot.decoding))
-        except UserError as error:
-            return api_error(400, str(error))
-        except Busy as error:
-            return api_error(429, str(error))
+        worker.check_room()  # before anything is read
+        asked = read_request(await request.body())
+        job = worker.submit(asked_reply(asked, bot))
         name = asked.model or bot.name
         if not asked.stream:
             return await whole_completion(job, name, request)
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return StreamingResponse(completion_events(job, name, with_usage), media_type="text/event-stream")
 
-    async def models(_: Request) -> Response:
-        model = {"id": bot.name, "object": "model", "owned_by": "local"}
+    async def list_models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    return [Route("/v1/chat/completions", complete, methods=["POST"]), Route("/v1/models", models)]
+    async def show_model(request: Request) -> Response:
+        if request.path_params["name"] != bot.name:
+            raise HTTPException(404, f"there is one model, {bot.name}")
+        return JSONResponse(model)
+
+    async def user_error(_: Request, error: UserError) -> Response:
+        return api_error(400, str(error))
+
+    async def unavailable(_: Request, error: Unavailable) -> Response:
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        return api_error(error.status, str(error), headers)
+
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        return api_error(error.status_code, error.detail, error.headers)
+
+    routes = [
+        Route("/chat/completions", complete, methods=["POST"]),
+        Route("/models", list_models),
+        Route("/models/{name:path}", show_model),
+    ]
+    handlers = {UserError: user_error, Unavailable: unavailable, HTTPException: http_error}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+async def health(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,11 +201,35 @@ def api_routes(worker: Worker, bot: Bot) -> list[Route]:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def cannot_listen(web, error: OSError) -> UserError:
+    return UserError(f"cannot listen at {web.host}:{web.port}: {first_line(error)}; try another --port")
+
+
+def check_address(web) -> None:
+    """Raise UserError where nobody can listen at the address: before a model is loaded."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(web.host, web.port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        raise cannot_listen(web, error) from error
+
+
+def leave(number: int, _) -> None:
+    """Answer a signal: a second one ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
 def serve(model, tokenizer, bot: Bot, web) -> None:
-    """Serve page and endpoint until Ctrl-C. web: interact.py's options of that name."""
+    """Serve page and endpoint until a signal. web: interact.py's options of that name."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     worker = Worker(model, tokenizer, bot.max_history, bot.seed, web.max_queue)
+    api_key = web.api_key or os.environ.get("IMPROVEDFLEND_API_KEY", "")
+    hosts = {name.lower() for name in ("localhost", socket.gethostname(), web.host, *(web.allow_host or []))}
+    routes = [Mount("/v1", endpoint(worker, bot)), Route("/health", health)]
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_TEMP_DIR"] = folder  # for nobody else to read, and gone with the server
         blocks = chat_page(worker, bot).queue(max_size=None, default_concurrency_limit=None)
         try:
             _, url, shared = blocks.launch(
@@ -92,20 +238,23 @@ def serve(model, tokenizer, bot: Bot, web) -> None:
                 share=web.share,
                 prevent_thread_lock=True,
                 quiet=True,
+                auth=(lambda _, password: same(password, api_key)) if api_key else None,
+                auth_message="Any name; the password is the server's API key.",
                 footer_links=[],
+                run_history=False,
                 ssr_mode=False,
-                theme=THEME,
-                css=CSS,
-                head=SCRIPT,
-                app_kwargs={"routes": api_routes(worker, bot)},
+                app_kwargs={"routes": routes, "middleware": [Middleware(Guard, hosts=hosts, api_key=api_key)]},
+                **look(bot),
             )
         except OSError as error:
-            raise UserError(
-                f"cannot listen at {web.host}:{web.port}: {first_line(error)}; try another --port"
-            ) from error
+            raise cannot_listen(web, error) from error
+        if shared:
+            hosts.add(urlsplit(shared).hostname)
         log.info(f"Chat page: {url}" + (f" and, for everyone, {shared}" if shared else ""))
         log.info(f"OpenAI-compatible endpoint: {url}v1")
         try:
             threading.Event().wait()
         finally:
+            worker.close()  # what is waited for ends with an error, and an interpreter may not end within torch
             blocks.close(verbose=False)
+            log.info("Stopped.")

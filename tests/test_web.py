@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,30 +33,33 @@ def serve(make_model, load, tmp_path_factory):
     model, tokenizer = load(make_model(folder / "base", "openai-gpt", n_positions=6000))
     model.save(folder)
     tokenizer.save(folder)
-    processes = []
 
     def start(*options: str) -> str:
         command = [sys.executable, str(ROOT / "interact.py"), "--model", str(folder), "--web", "--port", "0"]
         command += ["--personality", "i like tea .", "--dataset_path", str(ROOT / "data" / "sample.json"), *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
         lines = []
         for line in process.stderr:
             lines.append(line)
             if found := re.search(r"endpoint: (http.*)/v1", line):
-                threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never blocks
-                return found.group(1)
+                address = found.group(1)
+                start.processes[address], start.said[address] = process, lines
+                threading.Thread(target=lines.extend, args=[process.stderr], daemon=True).start()  # it never blocks
+                return address
         raise AssertionError("".join(lines))
 
+    start.processes, start.said = {}, {}  # of each address; what its process wrote
     yield start
-    for process in processes:
+    for process in start.processes.values():
         process.terminate()
         process.wait()
 
 
 @pytest.fixture(scope="module")
 def address(serve) -> str:
-    return serve("--max_queue", "2", "--max_length", "12", "--min_length", "12", "--top_p", "0")
+    return serve(
+        "--max_queue", "2", "--max_length", "12", "--min_length", "12", "--top_p", "0", "--allow_host", "bot.test"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,7 @@ def client(address: str):
 
 
 HELLO = [{"role": "user", "content": "hello"}]
+BODY = json.dumps({"messages": HELLO}).encode()
 
 
 def complete(client, messages=HELLO, **options):
@@ -126,32 +132,92 @@ def test_history_and_content_parts_are_read(client) -> None:
     assert eos > complete(client, [{"role": "user", "content": "a"}]).usage.prompt_tokens + 2
 
 
+def send(address: str, path: str = "/v1/chat/completions", body: bytes | None = BODY, **headers: str):
+    """Status, headers and parsed body of a request as curl would send it. headers: with _ for -."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address + path, body, headers)) as answer:
+            return answer.status, answer.headers, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, json.load(error)
+
+
 @pytest.mark.parametrize(
-    ("messages", "options", "said"),
+    ("status", "path", "body", "headers"),
     [
-        (HELLO, {"n": 0}, "n: expected 1 to 16"),
-        (HELLO, {"max_tokens": -1}, "max_length"),
-        (HELLO, {"top_p": 3}, "top_p"),
-        ([], {}, "role user"),
-        ([*HELLO, {"role": "assistant", "content": "hi"}], {}, "role user"),
-        ([{"role": "tool", "content": "x"}, *HELLO], {}, "expected role"),
-        ([{"role": "user", "content": " "}], {}, "empty"),
-        ([{"role": "user", "content": "x" * (MAX_MESSAGE + 1)}], {}, "characters; expected at most"),
-        ([{"role": "user", "content": "x" * 1_100_000}], {}, "larger than"),
-        ([{"role": "user", "content": 3}], {}, "not a chat completion request"),
+        (200, "/v1/chat/completions", BODY, {}),
+        (200, "/v1/chat/completions", BODY, {"content_type": "application/json; charset=utf-8"}),
+        (200, "/v1/chat/completions", BODY, {"host": "LOCALHOST:1", "content_type": "application/json"}),
+        (200, "/v1/chat/completions", BODY, {"host": "bot.test"}),
+        (200, "/v1/chat/completions", BODY, {"host": "[::1]:7860"}),
+        (200, "/v1/models", None, {}),
+        (200, "/health", None, {}),
+        (400, "/v1/chat/completions", b'{"messages": []}', {}),
+        (400, "/v1/chat/completions", b'{"messages": [], "x": ' + b"[" * 100_000, {}),
+        (403, "/v1/models", None, {"host": "evil.test"}),
+        (403, "/config", None, {"host": "evil.test:7860"}),
+        (403, "/v1/models", None, {"host": "127.0.0.1.evil.test"}),
+        (404, "/v1/models/other", None, {}),
+        (404, "/v1/completions", BODY, {}),
+        (404, "/v1/completions", None, {}),
+        (404, "/gradio_api/upload", BODY, {}),
+        (405, "/v1/chat/completions", None, {}),
+        (405, "/v1/models", BODY, {}),
+        (413, "/v1/chat/completions", b"x" * 1_000_001, {}),
+        (415, "/v1/chat/completions", BODY, {"content_type": "text/plain"}),
+        (415, "/v1/chat/completions", BODY, {"origin": "http://evil.test"}),
+        (415, "/gradio_api/queue/join", BODY, {"content_type": "text/plain"}),
     ],
 )
-def test_wrong_requests_are_answered_with_what_is_wrong(client, messages, options, said: str) -> None:
-    import openai
+def test_what_is_answered_and_what_is_turned_away(address: str, status, path, body, headers) -> None:
+    found, _, answer = send(address, path, body, **headers)
+    assert found == status
+    if status >= 400:
+        assert answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
 
-    with pytest.raises(openai.BadRequestError, match=said):
-        complete(client, messages, **options)
+
+def test_the_model_is_known_by_its_folder(address: str) -> None:
+    (model,) = send(address, "/v1/models", None)[2]["data"]
+    assert "/" not in model["id"] and model["created"] > 0
+    assert send(address, f"/v1/models/{model['id']}", None)[2] == model
 
 
-def test_a_request_that_is_nested_too_deep(address: str) -> None:
-    body = b'{"messages": [], "x": ' + b"[" * 100_000
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(address + "/v1/chat/completions", body)
+def test_an_api_key_is_asked_for(serve) -> None:
+    address = serve("--api_key", "geheim")
+    assert send(address, "/health", None)[0] == 200
+    for headers in ({}, {"authorization": "Bearer x"}, {"authorization": "geheim"}):
+        status, _, answer = send(address, **headers)
+        assert status == 401 and answer["error"]["type"] == "authentication_error"
+    assert send(address, authorization="Bearer geheim")[0] == 200
+    assert send(address, "/config", None)[0] == 401, "the page asks for it too"
+
+
+def test_a_client_that_leaves_amid_its_body_is_no_traceback(serve) -> None:
+    address = serve()
+    host, port = address.removeprefix("http://").split(":")
+    for length in (10, 1000):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode()
+            )
+    assert send(address)[0] == 200
+    assert "Traceback" not in "".join(serve.said[address])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_tells_who_waits(serve, number) -> None:
+    openai = pytest.importorskip("openai")
+    address = serve("--max_length", "9000", "--min_length", "9000")
+    client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
+    running = complete(client, stream=True)
+    assert any(chunk.choices[0].delta.content for chunk in running)
+    serve.processes[address].send_signal(number)
+    with pytest.raises(openai.APIError, match="the server is stopping"):
+        list(running)
+    assert serve.processes[address].wait() == 128 + number
+    said = "".join(serve.said[address])
+    assert "Traceback" not in said and "terminate called" not in said
 
 
 def test_simultaneous_conversations_are_not_mixed(client) -> None:
@@ -183,8 +249,9 @@ def test_queue_is_bounded_and_vanished_clients_free_their_slots(endless: str) ->
     running = complete(client, stream=True)
     assert any(chunk.choices[0].delta.content for chunk in running), "it is being written, far from its end"
     waiting = [complete(client, stream=True) for _ in range(2)]  # answered at once, with nothing in them yet
-    with pytest.raises(openai.RateLimitError, match="2 replies are waited for"):
+    with pytest.raises(openai.RateLimitError, match="2 replies are waited for") as refused:
         complete(client)
+    assert int(refused.value.response.headers["retry-after"]) >= 1
     for stream in waiting:
         stream.close()
     running.close()
@@ -328,6 +395,46 @@ def test_page_fits_a_phone_and_a_closed_page_frees_the_model(endless: str, open_
     page.context.close()
     with openai.OpenAI(base_url=endless + "/v1", api_key="none", max_retries=0) as client:
         assert complete(client, max_tokens=20).choices
+
+
+def test_what_is_typed_during_a_reply_is_safe(endless: str, open_page) -> None:
+    page = open_page(endless, viewport={"width": 1280, "height": 800})
+    box, width = page.locator("#message textarea"), page.locator("#chat").bounding_box()["width"]
+    box.fill("talk")
+    box.press("Enter")
+    page.wait_for_function("document.querySelector('#chat')?.innerText.length > 60")
+    assert box.input_value() == ""
+    box.press_sequentially("what is your favourite food ?", delay=40)
+    box.press("Enter")
+    assert box.input_value().strip() == "what is your favourite food ?", "neither erased nor sent"
+    page.keyboard.press("Escape")  # stops the reply, as the button does
+    finished(page, 2)
+    assert box.input_value().strip() == "what is your favourite food ?"
+    assert page.locator("#chat").bounding_box()["width"] == width > 700, "whatever is said"
+    box.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#chat .message-content').length == 4")
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_role("button", name="Send").wait_for()
+    page.wait_for_timeout(500)  # for what the server had sent before it heard of it
+    assert bubbles(page) == [], "the reply does not bring the old chat back"
+
+
+def test_a_waiting_message_is_shown_with_its_place(endless: str, open_page) -> None:
+    openai = pytest.importorskip("openai")
+    page = open_page(endless)
+    box = page.locator("#message textarea")
+    with openai.OpenAI(base_url=endless + "/v1", api_key="none", max_retries=0) as client:
+        running = complete(client, stream=True)
+        assert any(chunk.choices[0].delta.content for chunk in running)
+        box.fill("my turn")
+        box.press("Enter")
+        page.get_by_text("… 1 before you").wait_for()
+        assert bubbles(page)[0] == "my turn" and box.input_value() == ""
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Send").wait_for()
+        assert bubbles(page) == [] and box.input_value() == "my turn", "taken back"
+        running.close()
+        assert complete(client, max_tokens=1).choices, "its place in the queue is free"
 
 
 def test_occupied_port_is_one_line(address: str, dialog_model) -> None:
