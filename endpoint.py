@@ -21,6 +21,7 @@ from cli import LARGEST, Decoding, UserError, first_line, log
 from dialogs import MAX_MESSAGE, Dialogs, check_message
 from formats import decode
 from generation import Conversation, Generation, PrefixCache, Reply
+from inputs import utterances_shown
 from records import NO_JSON, split_sentences
 
 MAX_CHOICES = 16
@@ -412,7 +413,7 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
     begun = check_message(dialog.pop()[1]) if dialog and dialog[-1][0] == "assistant" else ""
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
-    *history, message = [text for _, text in dialog[-2 * bot.max_history - 1 :]]
+    *history, message = [text for _, text in dialog[-utterances_shown(bot.max_history) :]]
     decoding = asked_decoding(request, bot.decoding)
     seed = None if request.seed == -1 else request.seed  # -1 is any, as in llama.cpp's server
     dialog = [*history, check_message(message)]
