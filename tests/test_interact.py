@@ -19,6 +19,8 @@ from dialogs import MAX_MESSAGE, Dialogs, check_message, read_dataset
 from generation import Conversation, PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
 from helpers import run_python
 from inputs import build_prefix
+from terminal import box
+from transcript import Transcript, last_dialog
 
 ROOT = Path(interact.__file__).parent
 PERSONA = ["i teach music to children .", "my favorite color is green ."]
@@ -387,9 +389,7 @@ def test_completion_of_files(tmp_path: Path) -> None:
 
 def test_persona_box(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    lines = interact.box(
-        "Persona", ["i like cats.", "a long sentence of many more words than fit \x1b[2J."]
-    ).splitlines()
+    lines = box("Persona", ["i like cats.", "a long sentence of many more words than fit \x1b[2J."]).splitlines()
     assert "Persona" in lines[0] and all(len(line) <= 30 for line in lines) and "\x1b" not in "".join(lines)
     text = " ".join(line[2:] for line in lines[1:-1])
     assert text == "i like cats. a long sentence of many more words than fit [2J."
@@ -404,7 +404,7 @@ def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text('{"dialog": ["hi", "hello"]}')  # an earlier dialog, without an end of line
     chat = converse("gpt2", max_length=4)
-    transcript = interact.Transcript(str(path))
+    transcript = Transcript(str(path))
     for message in ["one", "two", "three"]:
         chat.reply(message)
         transcript.add(chat)
@@ -415,17 +415,17 @@ def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
     utterance = dialogs[-1].utterances[-1]
     assert [*utterance.history, *utterance.candidates] == chat.history
     assert dialogs[-1].personality == PERSONA
-    assert interact.last_dialog(str(path)) == (PERSONA, chat.history)
+    assert last_dialog(str(path)) == (PERSONA, chat.history)
 
 
 def test_transcript_is_not_written_into_another_file(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("buy milk\n")
     with pytest.raises(UserError, match="something else"):
-        interact.Transcript(str(path))
+        Transcript(str(path))
     assert path.read_text() == "buy milk\n"
     with pytest.raises(UserError, match="cannot write"):
-        interact.Transcript(str(tmp_path / "none" / "chats.jsonl"))
+        Transcript(str(tmp_path / "none" / "chats.jsonl"))
 
 
 @pytest.mark.parametrize("dialog", [["hi", "hello", "how are you", "fine"], ["hello", "hi", "how are you"], []])
@@ -435,7 +435,7 @@ def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
     assert chat.history == dialog
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(chat.record()) + "\n")
-    assert interact.last_dialog(str(path)) == (PERSONA, dialog)
+    assert last_dialog(str(path)) == (PERSONA, dialog)
     generation = chat.generation(*chat.tokenizer.encode(["next"]))
     assert generation.prefixes[0] == build_prefix(
         chat.tokenizer.encode(chat.persona), chat.tokenizer.encode([*dialog, "next"]), chat.model.ids
@@ -450,12 +450,12 @@ def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
 class Screen:
     """interact.py at a pseudo-terminal."""
 
-    def __init__(self, *args: str | Path):
+    def __init__(self, *args: str | Path, **environment: str):
         import pty
 
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
-            os.environ.update(TERM="dumb", COLUMNS="200", CUDA_VISIBLE_DEVICES="")
+            os.environ.update(TERM="dumb", COLUMNS="200", CUDA_VISIBLE_DEVICES="", **environment)
             os.execv(sys.executable, [sys.executable, str(ROOT / "interact.py"), *map(str, args)])
         self.text = ""
 
@@ -505,7 +505,7 @@ def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
     assert re.search(r"no command /dance; there are .*/candidates.*/undo", screen.say("/dance"))
     assert "expected" in screen.say("/persona paint")
     assert "no message yet" in screen.say("/retry")
-    assert "no such dataset" in screen.say(f"/load {tmp_path}/none")
+    assert "no such file" in screen.say(f"/load {tmp_path}/none")
 
     first = screen.say("hello")
     again = screen.say("/retry")
@@ -527,10 +527,10 @@ def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
     best = screen.say("how are you ?")
     candidates = screen.say("/candidates").splitlines()[1:]
     assert 1 < len(candidates) <= 4
-    assert re.fullmatch(r" *-?\d+\.\d\d +-\d+\.\d\d  (.*)", candidates[0]).group(1).strip() == best.strip()
+    assert re.fullmatch(r" 1 +-?\d+\.\d\d +-\d+\.\d\d  (.*)", candidates[0]).group(1).strip() == best.strip()
 
     assert "4 utterances" in screen.say(f"/save {saved}")
-    assert "exists" in screen.say(f"/save {persona}")
+    assert "something else" in screen.say(f"/save {persona}")
     assert "Forgotten" in screen.say("/reset")
     assert "my cat can swim ." in screen.say(f"/persona set {persona}")
     sample = {sentence for each in Dialogs(str(ROOT / "data" / "sample.json")).personas for sentence in each}
@@ -608,7 +608,7 @@ def test_what_does_not_fit_is_said_once_with_numbers(
     chat.persona = persona
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in messages)))
     if at_terminal:
-        interact.Terminal(chat, None, Dialogs("")).run()
+        interact.TerminalChat(chat, None, Dialogs("")).run()
     else:
         interact.answer_lines(chat, None)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
