@@ -313,7 +313,7 @@ def test_datasets_that_are_strange_and_right(name, write):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (GOOD, "{0} holds 1 dialog; expected one to train on and one to validate on, or --valid_path"),
+        (json_lines({"dialog": ["a", "b"]}), "{0} holds 1 dialog; expected one to train on and one to validate on, or --valid_path"),
         ("1\n2\n", "{0} holds 0 dialog; expected one to train on and one to validate on, or --valid_path"),
         (json_lines({"dialog": ["a"]}, {"dialog": []}), f"the validation split of {{0}} holds no reply; {FORMATS}"),
         ('{"train": [{"dialog": ["a", "b"]}], "valid": []}', f"the validation split of {{0}} holds no reply; {FORMATS}"),
