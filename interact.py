@@ -205,14 +205,10 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        turns, decoding = len(self.chat.turns), self.chat.decoding
-        waiting = "..."
-        if decoding.n_replies > 1:
-            waiting = (
-                f"... {decoding.n_replies} replies, of which the best is given: token {{}} of {decoding.max_length}"
-            )
+        turns, n, longest = len(self.chat.turns), self.chat.decoding.n_replies, self.chat.decoding.max_length
+        several = f" {n} replies, of which the best is given: {{}} of at most {longest} tokens" if n > 1 else ""
         with interrupts() as stopped:
-            self.pace = print_stream(self.chat.stream(text, stopped), waiting)
+            self.pace = print_stream(self.chat.stream(text, stopped), f"...{several}")
         if len(self.chat.turns) == turns:
             notice("(stopped before the first word; the message is forgotten)")
         warn_of_truncation(self.chat, self.truncated)

@@ -168,18 +168,18 @@ def print_stream(pieces: Iterator[str], waiting: str) -> Pace:
     """Print a text as it comes, in pieces of which the last one is no token; its pace.
 
     Args:
-        waiting: what is shown until the first word, where {} is the number of the token that is drawn.
+        waiting: what is shown until the first word, where {} is how many tokens are drawn.
     """
     pace, status, wrapper = Pace(), Status(), Wrapper()
     try:
-        status.show(waiting.format(1))
+        status.show(waiting.format(0))
         for piece in pieces:
             pace.count()
             if lines := wrapper.feed(piece):
                 status.clear()
                 print(lines, end="", flush=True)
             elif wrapper.column == 0:
-                status.show(waiting.format(pace.tokens + 1))
+                status.show(waiting.format(pace.tokens))
     finally:
         status.clear()
     print(wrapper.finish())
