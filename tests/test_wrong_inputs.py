@@ -820,6 +820,7 @@ def test_a_transcript_that_cannot_be_cut_back(tmp_path, monkeypatch):
 
 def test_a_name_too_long_to_save_a_chat_in(tmp_path, dialog_model, load):
     terminal = interact.TerminalChat(Conversation(*load(dialog_model("gpt2")), [], Decoding(), 2, 0), None, Dialogs(""))
+    terminal.chat.resume(["hi", "hello"])
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: .*File name too long"):
         terminal.do_save(str(tmp_path / ("x" * 300)))
 
