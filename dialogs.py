@@ -221,6 +221,9 @@ def hold_out(dialogs: list[Dialog], name: str) -> dict[str, list[Dialog]]:
     """
     conversations = number_conversations(dialogs)
     sizes = np.bincount(conversations, minlength=1)
+    if len(dialogs) == 1 and len(dialogs[0].utterances) > 1:  # a chat that was saved, say
+        log.info(f"{name} holds 1 dialog: its last reply is held out for validation")
+        return cut_last_reply(dialogs[0])
     if len(sizes) < 2:
         count = min(len(dialogs), 1)
         raise UserError(
@@ -240,11 +243,18 @@ def hold_out(dialogs: list[Dialog], name: str) -> dict[str, list[Dialog]]:
     return splits
 
 
+def cut_last_reply(dialog: Dialog) -> dict[str, list[Dialog]]:
+    """A dialog without its last reply, which no history before it holds, and one of that reply alone."""
+    *earlier, last = dialog.utterances
+    return {"train": [Dialog(dialog.personality, earlier)], "valid": [Dialog(dialog.personality, [last])]}
+
+
 def number_conversations(dialogs: list[Dialog]) -> list[int]:
     """The number of the conversation that each dialog is of.
 
     ConvAI2 has each conversation twice, each time with another of its speakers as the bot. The turns are the same, but
-    the last one is missing on the side of who did not say it.
+    the last one is missing on the side of who did not say it. A transcript has one in several dialogs where the persona
+    was changed in it, or where it was written beside another: each begins with all turns of the one before.
     """
     numbers: list[int] = []
     count, seen = 0, {}
@@ -254,6 +264,9 @@ def number_conversations(dialogs: list[Dialog]) -> list[int]:
         other = seen.get((turns, False)) if len(turns) > 1 else None
         if other is None and len(turns) > 2:
             other = seen.get((turns[:-1], True))
+        first = tuple(dialog.utterances[0].history[:-1]) if dialog.utterances else ()
+        if other is None and len(first) > 1:
+            other = seen.get((first, True))
         numbers.append(count if other is None else other)
         count += other is None
         seen.setdefault((turns, True), numbers[-1])

@@ -33,6 +33,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "improvedflend"
 
 
+def state_folder() -> Path:
+    """Where what was typed is kept: `$XDG_STATE_HOME/improvedflend`, by default `~/.local/state/improvedflend`."""
+    return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "improvedflend"
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents. Raises UserError where that is not possible."""
     with explain_errors(f"cannot create the folder {folder}", "choose one you can write to", OSError):
@@ -88,13 +93,18 @@ class PartialDownload(io.BufferedWriter):
         return super().truncate(size)
 
 
+def cached_path(url: str) -> Path:
+    """Where a download of `url` is kept, if there is one."""
+    last = Path(re.split("[?#]", url)[0]).name[-50:]  # file systems take names of 255 bytes, four to a character
+    return cache_folder() / f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:16]}-{last or 'file'}"
+
+
 def download(url: str, instead: str) -> Path:
     """Fetch `url` into the cache folder, once. What an earlier attempt left of it is continued.
 
     Raises UserError where it cannot be fetched; `instead` tells the user what to pass in its place.
     """
-    last = Path(re.split("[?#]", url)[0]).name[-50:]  # file systems take names of 255 bytes, four to a character
-    path = cache_folder() / f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:16]}-{last or 'file'}"
+    path = cached_path(url)
     if path.exists():
         return path
     from huggingface_hub.file_download import http_get  # heavy: only where something is fetched

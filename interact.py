@@ -1,20 +1,14 @@
 """Talk to a fine-tuned model in the terminal, or with --web in a browser."""
 
-import contextlib
 import glob
 import importlib.util
-import json
 import os
 import random
-import shutil
 import signal
 import sys
-import textwrap
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from cli import (
     CommonSettings,
@@ -29,10 +23,23 @@ from cli import (
     printable,
     run_script,
 )
-from dialogs import Dialogs, check_message, read_dataset, read_persona
-from files import is_url, typed_path, whole_files
-from formats import is_record
+from dialogs import PERSONACHAT_URL, Dialogs, check_message, read_persona
+from files import cached_path, is_url
 from model_files import find_finetuned_model
+from terminal import (
+    GREEN,
+    Pace,
+    Prompt,
+    box,
+    coloured,
+    hanging,
+    interrupts,
+    notice,
+    piped_lines,
+    print_stream,
+    wrapped,
+)
+from transcript import SavedChat, Transcript, last_dialog
 from utils import load_tokenizer
 
 
@@ -83,6 +90,20 @@ def model_name(model: str) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
+SAMPLE = Path(__file__).with_name("data") / "sample.json"
+
+
+def persona_source(dataset_path: str) -> Dialogs:
+    """The dialogs that personas are drawn from.
+
+    Without a dataset these are PersonaChat's where it was downloaded before, else those of our own sample: 209 MB are
+    much for a persona.
+    """
+    if not dataset_path and SAMPLE.is_file() and not cached_path(PERSONACHAT_URL).exists():
+        dataset_path = str(SAMPLE)
+    return Dialogs(dataset_path)
+
+
 def choose_persona(settings: ChatSettings, dialogs: Dialogs) -> list[str]:
     """The persona given by the options, or one drawn from the dataset."""
     if settings.personality:
@@ -93,157 +114,6 @@ def choose_persona(settings: ChatSettings, dialogs: Dialogs) -> list[str]:
         return random.choice(dialogs.personas)
     except UserError as error:
         raise UserError(f"{error}; or give a persona with --personality 'i like cats.'") from error
-
-
-def box(title: str, lines: list[str]) -> str:
-    """Lines in a frame that is open to the right, wrapped to the terminal's width."""
-    width = min(shutil.get_terminal_size().columns, 80)
-    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    top, side, bottom, dash = "╭│╰─" if unicode else "+|+-"
-    body = [f"{side} {part}" for line in lines for part in textwrap.wrap(printable(line), width - 2)]
-    edge = max(map(len, [title + "  ", *body]))
-    return "\n".join([f"{top}{dash} {title} ".ljust(edge, dash), *body, bottom + dash * (edge - 1)])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is typed
-# ------------------------------------------------------------------------------------------------------------
-
-
-def typed_lines() -> Iterator[str]:
-    """What the user says, line by line until Ctrl-D; a prompt, a history of lines and completion at a terminal only."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        try:
-            import readline  # gives input() arrow keys and history
-        except ImportError:  # Windows has none; input() has line editing of its own there
-            pass
-        else:
-            complete_with(readline)
-    while True:
-        try:
-            line = input(">>> " if terminal else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise UserError(f"the input is not {error.encoding} text; send text in that encoding") from error
-        if line.strip():
-            yield line.strip()
-        elif terminal:
-            print("Please type something (/help lists the commands, Ctrl-D ends the chat).")
-        else:
-            print()  # a line per turn: an empty one has an empty reply
-
-
-def complete_with(readline) -> None:
-    """Let the tab key complete commands, their arguments and file names."""
-
-    def complete(word: str, count: int) -> str | None:
-        before = readline.get_line_buffer()[: readline.get_begidx()].split()
-        return [*completions(before, word), None][count]
-
-    readline.set_completer_delims(" ")
-    readline.set_completer(complete)
-    libedit = "libedit" in (readline.__doc__ or "")
-    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-
-
-def completions(before: list[str], word: str) -> list[str]:
-    """What the last word of a command may become, after the words before it."""
-    if before in (["/save"], ["/load"], ["/persona", "set"]):
-        paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
-        return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
-    of_option = {
-        ("/set", name): ("on", "off") if kind_of(known) is bool else known.metadata["choices"]
-        for name, known in Decoding.options().items()
-    }
-    choices = of_option | {
-        (): sorted({usage.split()[0] for usage in COMMANDS}) if word.startswith("/") else [],
-        ("/persona",): ["add", "set", "random"],
-        ("/set",): list(Decoding.options()),
-    }
-    return [choice + " " for choice in choices.get(tuple(before), ()) if choice.startswith(word)]
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C in the body sets what the given function tells, so that no computation is torn; a second one raises."""
-    pressed = []
-
-    def press(*_) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is kept
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Transcript:
-    """A JSON lines file, each turn of the chat a line: a reply with its persona and history, for training."""
-
-    def __init__(self, name: str):
-        self.path = typed_path(name)
-        with self.opened() as file:
-            file.seek(0)
-            first = file.readline()
-        if first.strip() and not is_record(first):
-            raise UserError(f"--transcript {name} holds something else; expected a new file or dialogs in JSON lines")
-        self.starts: list[int] = []  # of the lines of this chat
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[BinaryIO]:
-        """The file; where writing fails, it is left as it was."""
-        end = None
-        try:
-            with open(self.path, "a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                yield file
-        except OSError as error:
-            if end is not None:
-                with contextlib.suppress(OSError):  # what cannot be written may not be cut either
-                    os.truncate(self.path, end)
-            raise UserError(
-                f"cannot write --transcript {self.path}: {error.strerror or error}; choose a file you can"
-            ) from error
-
-    def add(self, chat) -> None:
-        *history, reply = chat.history
-        record = {"personality": chat.persona, "utterances": [{"history": history, "candidates": [reply]}]}
-        with self.opened() as file:
-            end = file.tell()
-            if end:
-                file.seek(end - 1)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self.starts.append(end)
-
-    def take_back(self) -> None:
-        """Drop the last line: its turn was undone."""
-        if self.starts:
-            with self.opened() as file:
-                file.truncate(self.starts.pop())
-
-
-def last_dialog(name: str) -> tuple[list[str], list[str]]:
-    """Persona and utterances of the last dialog in a file of any format that the toolkit reads."""
-    last = None
-    for dialogs in read_dataset(name).values():
-        for dialog in dialogs:
-            last = dialog
-    if last is None:
-        raise UserError(f"{name} holds no dialog; choose another file")
-    replies = last.utterances[-1:]
-    return last.personality, [text for reply in replies for text in (*reply.history, reply.candidates[-1])]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,12 +130,42 @@ COMMANDS = {
     "/undo": "take back the last message and its reply",
     "/retry": "another reply to the last message",
     "/candidates": "the alternatives of the last reply, best first, with their scores",
+    "/candidates N": "take the N-th of them in place of the reply",
     "/set": "show the decoding options",
     "/set OPTION VALUE": "change one, as in /set temperature 0.9",
-    "/save FILE": "write this chat as training data",
+    "/stats": "how fast the last reply was, and how much of the context is used",
+    "/save FILE": "add this chat to a file of training data",
     "/load FILE": "go on with the last dialog in a file",
     "/quit": "end the chat, like Ctrl-D",
 }
+NAMES = sorted({usage.split()[0] for usage in COMMANDS})
+SYNONYMS = {"/?": "/help", "/clear": "/reset", "/regen": "/retry", "/bye": "/quit", "/exit": "/quit"}
+KEYS = (
+    'Several pasted lines are one message; so is what stands between two lines of """. A line that begins with // is '
+    "text that begins with /. Ctrl-C stops a reply, or clears the line. Ctrl-D or /bye ends the chat."
+)
+
+
+def is_command(line: str) -> bool:
+    """Whether a typed line is a command, if perhaps one that does not exist."""
+    return line.lstrip().startswith("/") and not line.lstrip().startswith("//")
+
+
+def completions(before: list[str], word: str) -> list[str]:
+    """What the last word of a command may become, after the words before it."""
+    if before in (["/save"], ["/load"], ["/persona", "set"]):
+        paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
+        return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
+    of_option = {
+        ("/set", name): ("on", "off") if kind_of(known) is bool else known.metadata["choices"]
+        for name, known in Decoding.options().items()
+    }
+    choices = of_option | {
+        (): NAMES if word.startswith("/") else [],
+        ("/persona",): ["add", "set", "random"],
+        ("/set",): list(Decoding.options()),
+    }
+    return [choice + " " for choice in choices.get(tuple(before), ()) if choice.startswith(word)]
 
 
 def warn_of_truncation(chat, known: set[str]) -> None:
@@ -275,42 +175,50 @@ def warn_of_truncation(chat, known: set[str]) -> None:
         known.update(chat.truncated)
 
 
-class Terminal:
+class TerminalChat:
     """A chat with a person at a terminal: lines that begin with / are commands, methods named do_... here."""
 
     def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
         self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
-        self.saved: set[Path] = set()
+        self.saved: dict[str, SavedChat] = {}  # files that hold this chat
         self.truncated: set[str] = set()  # what the user was told of
+        self.pace: Pace | None = None  # of the last reply
 
     def run(self) -> None:
         self.show_persona()
-        print("Type a message, or /help for what else you can do.")
-        for line in typed_lines():
+        notice("Type a message, or /help for what else you can do.")
+        prompt = Prompt(is_command, completions)
+        while True:
             try:
-                if line.startswith("/") and not line.startswith("//"):
-                    if line.split()[0] == "/quit":
-                        return
+                line = prompt.message()
+                if is_command(line):
                     self.command(*line.split(None, 1))
-                else:
+                elif line:
                     self.say(check_message(line.removeprefix("/") if line.startswith("//") else line))
+                else:
+                    notice("Please type something (/help lists the commands, Ctrl-D ends the chat).")
             except UserError as error:
-                print(printable(str(error)))
+                notice(str(error))
+            except KeyboardInterrupt:
+                print()
+                notice("Ctrl-D or /bye ends the chat.")
+            except EOFError:
+                return
 
     def command(self, name: str, rest: str = "") -> None:
-        action = getattr(self, "do_" + name[1:], None)
+        action = getattr(self, "do_" + SYNONYMS.get(name, name)[1:], None)
         if action is None:
-            names = " ".join(sorted({usage.split()[0] for usage in COMMANDS}))
-            raise UserError(f"no command {printable(name)}; there are {names} (// begins a text with /)")
+            raise UserError(f"no command {printable(name)}; there are {' '.join(NAMES)} (// begins a text with /)")
         action(rest.strip())
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        turns = len(self.chat.turns)
+        turns, n, longest = len(self.chat.turns), self.chat.decoding.n_replies, self.chat.decoding.max_length
+        several = f" {n} replies, of which the best is given: {{}} of at most {longest} tokens" if n > 1 else ""
         with interrupts() as stopped:
-            for piece in self.chat.stream(text, stopped):
-                print(piece, end="", flush=True)
-        print("" if len(self.chat.turns) > turns else "(stopped before the first word; the message is forgotten)")
+            self.pace = print_stream(self.chat.stream(text, stopped), f"...{several}")
+        if len(self.chat.turns) == turns:
+            notice("(stopped before the first word; the message is forgotten)")
         warn_of_truncation(self.chat, self.truncated)
         if self.transcript and len(self.chat.turns) > turns:
             self.transcript.add(self.chat)
@@ -326,10 +234,17 @@ class Terminal:
             self.transcript.take_back()
         return self.chat.turns.pop().text
 
+    def begin_anew(self) -> None:
+        """What is said from now on is another chat in the files that this one is kept in."""
+        self.saved = {}
+        if self.transcript:
+            self.transcript.end_chat()
+
     def do_help(self, _: str) -> None:
         for usage, what in COMMANDS.items():
-            print(f"{usage:18} {what}")
-        print("A line that begins with // is text that begins with /. Ctrl-C stops a reply; at the prompt, the chat.")
+            others = " or ".join(other for other, name in SYNONYMS.items() if name == usage)
+            print(hanging(f"{usage:18} ", what + (f"; also {others}" if others else "")))
+        print(*wrapped(KEYS), sep="\n")
 
     def do_persona(self, rest: str) -> None:
         action, _, value = rest.partition(" ")
@@ -346,24 +261,40 @@ class Terminal:
 
     def do_reset(self, _: str) -> None:
         self.chat.turns = []
-        if self.transcript:
-            self.transcript.starts = []  # what was said stays there
-        print("Forgotten; the persona is kept.")
+        self.begin_anew()
+        notice("Forgotten; the persona is kept.")
 
     def do_undo(self, _: str) -> None:
-        print(f"Taken back: {printable(self.take_back())}")
+        notice(f"Taken back: {self.take_back()}")
 
     def do_retry(self, _: str) -> None:
         self.say(self.take_back())
 
-    def do_candidates(self, _: str) -> None:
-        if not self.chat.turns or not self.chat.turns[-1].candidates:
+    def do_candidates(self, number: str) -> None:
+        candidates = self.chat.turns[-1].candidates if self.chat.turns else []
+        if not candidates:
             raise UserError("there is no reply with alternatives yet; type a message")
-        print("   head  log-likelihood per token")
-        for text, reply in self.chat.turns[-1].candidates:
-            print(f"{reply.mc_score:7.2f} {reply.token_log_likelihood:6.2f}  {text}")
+        if number:
+            self.take_candidate(number)
+            return
+        print("      head  log-likelihood per token")
+        for place, (text, reply) in enumerate(candidates, 1):
+            scores = f"{reply.mc_score:7.2f} {reply.token_log_likelihood:6.2f}  "
+            print(hanging(f"{place:2} {scores}", text))
         if self.chat.decoding.n_replies == 1:
-            print("Only one is drawn: /set n_replies 8 draws eight and gives the best.")
+            notice("Only one is drawn: /set n_replies 8 draws eight and gives the best.")
+
+    def take_candidate(self, number: str) -> None:
+        """Put an alternative, by its number in the list, in the place of the last reply."""
+        turn = self.chat.turns[-1]
+        if not number.isdecimal() or not 1 <= int(number[:9]) <= len(turn.candidates):
+            raise UserError(f"expected a number from 1 to {len(turn.candidates)}, found '{number}'")
+        turn.reply, reply = turn.candidates[int(number) - 1]
+        turn.ids = [*turn.ids[:-1], reply.tokens]
+        if self.transcript:
+            self.transcript.take_back()
+            self.transcript.add(self.chat)
+        print(*wrapped(turn.reply), sep="\n")
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -375,34 +306,46 @@ class Terminal:
             value = options[shown]
             print(f"{shown} {('off', 'on')[value] if isinstance(value, bool) else value}")
 
+    def do_stats(self, _: str) -> None:
+        if self.pace:
+            print(f"last reply: {self.pace}")
+        used = len(self.chat.generation([]).prefixes[0][0])
+        print(f"context: {used} of the model's {self.chat.model.limit} tokens, for the persona and what was said last")
+
     def do_save(self, name: str) -> None:
-        path = typed_path(name)
-        if not name or (os.path.exists(path) and path not in self.saved):  # pathlib's raises for a name too long
-            raise UserError(f"{name} exists; choose another name" if name else "expected /save FILE")
-        text = json.dumps(self.chat.record(), ensure_ascii=False) + "\n"
-        with whole_files(path.parent) as partial:  # what an earlier /save wrote stands until this is written
-            (partial / path.name).write_text(text, encoding="utf-8", errors="replace")
-        self.saved.add(path)
-        print(f"Saved {len(self.chat.history)} utterances in {name}")
+        if not name:
+            raise UserError("expected /save FILE")
+        if not self.chat.turns:
+            raise UserError("there is nothing to save yet; type a message")
+        file = self.saved.get(name) or SavedChat(name)
+        file.write(self.chat.record())
+        self.saved[name] = file
+        notice(f"Saved {len(self.chat.history)} utterances in {name}")
 
     def do_load(self, name: str) -> None:
         if not name:
             raise UserError("expected /load FILE")
         self.chat.persona, dialog = last_dialog(name)
         self.chat.resume(dialog)
-        if self.transcript:
-            self.transcript.starts = []
+        self.begin_anew()
         self.show_persona()
         for turn in self.chat.turns[-3:]:
-            print("" if turn.text is None else f"> {printable(turn.text)}", printable(turn.reply), sep="\n")
+            print("" if turn.text is None else coloured("> ", GREEN) + "\n".join(wrapped(printable(turn.text))))
+            print(*wrapped(printable(turn.reply)), sep="\n")
+
+    def do_quit(self, _: str) -> None:
+        raise EOFError
 
 
 def answer_lines(chat, transcript: Transcript | None) -> None:
-    """A line per turn in, a line per reply out: every line is text."""
+    """A line per turn in, a line per reply out: every line is text, and an empty one has an empty reply."""
     log.info("Persona: " + " ".join(map(printable, chat.persona)))
     truncated: set[str] = set()
-    for line in typed_lines():
-        print(chat.reply(line), flush=True)
+    for line in piped_lines():
+        if not line:
+            print(flush=True)
+            continue
+        print(chat.reply(check_message(line)).replace("\n", " "), flush=True)
         warn_of_truncation(chat, truncated)
         if transcript:
             transcript.add(chat)
@@ -417,11 +360,13 @@ def main() -> None:
         check_address(web_settings)
     seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
     random.seed(seed)
-    dialogs = Dialogs(settings.dataset_path)
+    dialogs = persona_source(settings.dataset_path)
     persona = choose_persona(settings, dialogs)
     transcript = Transcript(settings.transcript) if settings.transcript else None
 
     files = find_finetuned_model(settings.model)
+    if sys.stdin.isatty():
+        log.info(f"loading {settings.model} ...")
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
     settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
 
@@ -449,14 +394,15 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not
     try:
         if sys.stdin.isatty():
-            Terminal(chat, transcript, dialogs).run()
+            sys.stdin.reconfigure(errors="replace")  # a key may send what is no text
+            TerminalChat(chat, transcript, dialogs).run()
+            print()
         else:
             answer_lines(chat, transcript)
-    except KeyboardInterrupt:
-        pass  # Ctrl-C ends the chat like Ctrl-D
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the way out
-    if sys.stdin.isatty():
-        print()
+    except BrokenPipeError:  # who reads the replies has left, as head does: end in silence, as cat does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be written at the exit
+        sys.exit(128 + 13)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C now would only tear the way out
 
 
 if __name__ == "__main__":

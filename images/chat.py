@@ -40,10 +40,14 @@ def drawn(command: str, screen: str) -> str:
     typed = " \\\n".join(textwrap.wrap(f"$ {command}", COLUMNS - 2, subsequent_indent="    "))
     rows = [("#7ee787", line) for line in typed.splitlines()]
     for line in screen.splitlines():
-        colour = "#8b949e" if line[:1] in ("╭", "│", "╰") else "#7ee787" if line.startswith(PROMPT) else "#e6edf3"
+        # as terminal.py colours them: the frame and what the program says grey, the prompt green
+        grey = line[:1] in ("╭", "│", "╰") or line.startswith("Type a message")
+        colour = "#8b949e" if grey else "#e6edf3"
         rows += [(colour, line[i : i + COLUMNS]) for i in range(0, max(len(line), 1), COLUMNS)]
     width, height = COLUMNS * WIDTH + 40, len(rows) * HEIGHT + 66
     texts = [f'<text y="{58 + HEIGHT * i}" fill="{c}">{escape(row)}</text>' for i, (c, row) in enumerate(rows)]
+    prompt = escape(PROMPT)
+    texts = [text.replace(f">{prompt}", f'><tspan fill="#7ee787">{prompt}</tspan>', 1) for text in texts]
     lights = zip((22, 42, 62), ("#ff5f56", "#ffbd2e", "#27c93f"), strict=True)
     lights = [f'<circle cx="{x}" cy="20" r="6" fill="{colour}"/>' for x, colour in lights]
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">

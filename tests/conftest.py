@@ -26,8 +26,9 @@ from utils import DialogTokenizer
 
 @pytest.fixture(autouse=True)
 def seed_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts from the same seed and with an empty cache of downloads."""
+    """Every test starts from the same seed, with an empty cache of downloads and an empty history of what was typed."""
     manual_seed(0)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / ".state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
 
 

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from dialogs import MAX_MESSAGE, Dialogs, check_message, read_dataset
 from generation import Conversation, PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
 from helpers import run_python
 from inputs import build_prefix
+from terminal import GREEN, History, Prompt, Wrapper, box, coloured, text_width, wrapped
+from transcript import SavedChat, Transcript, last_dialog
 
 ROOT = Path(interact.__file__).parent
 PERSONA = ["i teach music to children .", "my favorite color is green ."]
@@ -387,12 +391,117 @@ def test_completion_of_files(tmp_path: Path) -> None:
 
 def test_persona_box(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    lines = interact.box(
-        "Persona", ["i like cats.", "a long sentence of many more words than fit \x1b[2J."]
-    ).splitlines()
+    lines = box("Persona", ["i like cats.", "a long sentence of many more words than fit \x1b[2J."]).splitlines()
     assert "Persona" in lines[0] and all(len(line) <= 30 for line in lines) and "\x1b" not in "".join(lines)
     text = " ".join(line[2:] for line in lines[1:-1])
     assert text == "i like cats. a long sentence of many more words than fit [2J."
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("", 9, [""]),
+        ("one two three", 9, ["one two", "three"]),
+        ("one two\nthree", 20, ["one two", "three"]),
+        ("one  incomprehensibilities", 9, ["one  inco", "mprehensi", "bilities"]),
+        ("\u4f60\u597d\u4e16\u754c x", 5, ["\u4f60\u597d", "\u4e16\u754c", "x"]),
+        ("cafe\u0301 bar", 4, ["cafe\u0301", "bar"]),
+        ("ab cd", 0, ["ab", "cd"]),
+    ],
+)
+def test_words_are_not_broken_in_whatever_pieces_they_come(text: str, width: int, lines: list[str]) -> None:
+    assert [line for line in wrapped(text, width) if line or not text] == lines
+    wrapper = Wrapper(lambda: max(width, 2))
+    streamed = "".join(map(wrapper.feed, text)) + wrapper.finish()
+    assert [line.rstrip() for line in streamed.split("\n")] == wrapped(text, width)
+
+
+def test_persona_box_counts_the_columns_of_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = box("Persona", ["\u6211\u559c\u6b22\u732b" * 5, "cats"]).splitlines()
+    assert len(lines) > 4 and all(text_width(line) <= 20 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "colours"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({}, True, False),
+        ({"TERM": "xterm"}, False, False),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(environment, terminal, colours, monkeypatch) -> None:
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    assert coloured("x", GREEN) == ("\x1b[32mx\x1b[0m" if colours else "x")
+
+
+@pytest.mark.parametrize(
+    ("typed", "messages"),
+    [
+        (["hi"], ["hi"]),
+        (["one\ntwo\n\nthree"], ["one\ntwo\n\nthree"]),
+        (["one\r\ntwo\n/undo\nthree"], ["one\n\ntwo", "/undo", "three"]),
+        (["/persona add x\nhi"], ["/persona add x", "hi"]),
+        (['"""one', "", '/two"""'], ["one\n\n/two"]),
+        (['"""', "/one", '"""'], ["//one"]),
+        (['"""one'], ["one"]),
+        (['"""one"""', "  "], ["one", ""]),
+    ],
+)
+def test_what_is_one_message(typed: list[str], messages: list[str], monkeypatch) -> None:
+    """typed: what input() gives, each a line or several pasted ones, until Ctrl-D."""
+    lines = iter(typed)
+
+    def type_next(_: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", type_next)
+    prompt = Prompt(interact.is_command, interact.completions)
+    assert [prompt.message() for _ in messages] == messages
+    with pytest.raises(EOFError):
+        prompt.message()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The history of what was typed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_history_is_kept_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "history"
+    History(path).append("one", "two\nlines", "\u00e9\udc80")
+    assert History(path).read() == ["one", "two\nlines", "\u00e9\udc80"]
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    with open(path, "ab") as file:
+        file.write(b"\xff\x00\n[1]\n" + b"[" * 100_000 + b'\n"three"\n"fo')
+    assert History(path).read() == ["one", "two\nlines", "\u00e9\udc80", "three"]
+
+
+def test_a_long_history_is_shortened(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    History(path).append(*["x" * 1000] * 2000, "last")
+    assert len(History(path).read()) == 1000
+    assert path.stat().st_size < 2**20 and History(path).read()[-1] == "last"
+
+
+@pytest.mark.parametrize("place", ["file/history", "folder", "pipe", "loop/history"])
+def test_where_no_history_can_be_kept_there_is_none(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    history = History(tmp_path / place)
+    history.append("one")
+    assert history.read() == [] and History(Path("~/history")).path is None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,7 +513,7 @@ def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text('{"dialog": ["hi", "hello"]}')  # an earlier dialog, without an end of line
     chat = converse("gpt2", max_length=4)
-    transcript = interact.Transcript(str(path))
+    transcript = Transcript(str(path))
     for message in ["one", "two", "three"]:
         chat.reply(message)
         transcript.add(chat)
@@ -415,17 +524,86 @@ def test_transcript_is_training_data(converse, tmp_path: Path) -> None:
     utterance = dialogs[-1].utterances[-1]
     assert [*utterance.history, *utterance.candidates] == chat.history
     assert dialogs[-1].personality == PERSONA
-    assert interact.last_dialog(str(path)) == (PERSONA, chat.history)
+    assert last_dialog(str(path)) == (PERSONA, chat.history)
+
+
+def test_an_undone_turn_stays_where_another_chat_has_written_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    one, other = Transcript(str(path)), Transcript(str(path))
+    one.add(SimpleNamespace(persona=[], history=["a", "b"]))
+    other.add(SimpleNamespace(persona=[], history=["c", "d"]))
+    one.take_back()
+    assert len(path.read_text().splitlines()) == 2
+    other.take_back()
+    assert last_dialog(str(path)) == ([], ["a", "b"])
+
+
+def test_turns_of_one_chat_are_held_out_together(tmp_path: Path) -> None:
+    """Also where the persona was changed in it, and where two chats wrote into one transcript by turns."""
+    path = tmp_path / "chats.jsonl"
+    transcript = Transcript(str(path))
+    for turn in range(1, 5):
+        for chat in range(9):
+            said = [f"{chat} says {number}" for number in range(2 * turn)]
+            transcript.add(SimpleNamespace(persona=["i am old ."] * (turn > 2), history=said))
+    splits = Dialogs(str(path)).splits
+    train, valid = ({each.utterances[-1].history[0] for each in splits[split]} for split in ("train", "valid"))
+    assert train and valid and not train & valid
+
+
+def test_a_saved_chat_is_added_to_a_file_of_chats(tmp_path: Path) -> None:
+    path, record = tmp_path / "a.jsonl", {"personality": ["x"], "messages": []}
+    path.write_text('{"dialog": ["hi", "hello"]}')
+    file = SavedChat(str(path))
+    for _ in range(2):
+        record["messages"] += [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        file.write(record)
+    SavedChat(str(path)).write(record)
+    assert [len(dialog.utterances) for dialog in read_dataset(str(path))["all"]] == [1, 2, 2]
+    file.write(record)
+    assert len(path.read_text().splitlines()) == 4, "another chat was written after it"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("none/a.jsonl", "no such folder: .*none; make"), ("", "not a file"), ("pipe", "not a file")]
+)
+def test_a_chat_is_saved_in_a_file(name: str, said: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=said):
+        SavedChat(str(tmp_path / name))
+
+
+def test_a_saved_chat_holds_out_its_last_reply(tmp_path: Path) -> None:
+    SavedChat(str(tmp_path / "a.jsonl")).write({"dialog": ["hi", "hello", "and you ?", "fine ."]})
+    train, valid = (list(dialogs) for dialogs in Dialogs(str(tmp_path / "a.jsonl")).splits.values())
+    assert [[each.candidates[-1] for each in dialog.utterances] for dialog in train + valid] == [["hello"], ["fine ."]]
+
+
+def test_an_alternative_takes_the_place_of_the_reply(converse, tmp_path: Path, capsys) -> None:
+    chat = converse("openai-gpt", n_replies=4, max_length=5, temperature=1.5)
+    transcript = Transcript(str(tmp_path / "a.jsonl"))
+    terminal = interact.TerminalChat(chat, transcript, Dialogs(""))
+    with pytest.raises(UserError, match="no reply"):
+        terminal.do_candidates("1")
+    terminal.say("hello")
+    (turn,) = chat.turns
+    text, reply = turn.candidates[1]
+    terminal.do_candidates("2")
+    assert (turn.reply, turn.ids[1]) == (text, reply.tokens) and last_dialog(str(transcript.path))[1] == ["hello", text]
+    for number in ("0", "9" * 5000, "x", "-1", "\u00b2"):
+        with pytest.raises(UserError, match="expected a number from 1 to"):
+            terminal.do_candidates(number)
+    chat.reply("and now ?")
 
 
 def test_transcript_is_not_written_into_another_file(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("buy milk\n")
     with pytest.raises(UserError, match="something else"):
-        interact.Transcript(str(path))
+        Transcript(str(path))
     assert path.read_text() == "buy milk\n"
     with pytest.raises(UserError, match="cannot write"):
-        interact.Transcript(str(tmp_path / "none" / "chats.jsonl"))
+        Transcript(str(tmp_path / "none" / "chats.jsonl"))
 
 
 @pytest.mark.parametrize("dialog", [["hi", "hello", "how are you", "fine"], ["hello", "hi", "how are you"], []])
@@ -435,7 +613,7 @@ def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
     assert chat.history == dialog
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(chat.record()) + "\n")
-    assert interact.last_dialog(str(path)) == (PERSONA, dialog)
+    assert last_dialog(str(path)) == (PERSONA, dialog)
     generation = chat.generation(*chat.tokenizer.encode(["next"]))
     assert generation.prefixes[0] == build_prefix(
         chat.tokenizer.encode(chat.persona), chat.tokenizer.encode([*dialog, "next"]), chat.model.ids
@@ -450,12 +628,12 @@ def test_record_and_resume(converse, tmp_path: Path, dialog: list[str]) -> None:
 class Screen:
     """interact.py at a pseudo-terminal."""
 
-    def __init__(self, *args: str | Path):
+    def __init__(self, *args: str | Path, **environment: str):
         import pty
 
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
-            os.environ.update(TERM="dumb", COLUMNS="200", CUDA_VISIBLE_DEVICES="")
+            os.environ.update({"TERM": "dumb", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""} | environment)
             os.execv(sys.executable, [sys.executable, str(ROOT / "interact.py"), *map(str, args)])
         self.text = ""
 
@@ -505,7 +683,7 @@ def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
     assert re.search(r"no command /dance; there are .*/candidates.*/undo", screen.say("/dance"))
     assert "expected" in screen.say("/persona paint")
     assert "no message yet" in screen.say("/retry")
-    assert "no such dataset" in screen.say(f"/load {tmp_path}/none")
+    assert "no such file" in screen.say(f"/load {tmp_path}/none")
 
     first = screen.say("hello")
     again = screen.say("/retry")
@@ -527,10 +705,10 @@ def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
     best = screen.say("how are you ?")
     candidates = screen.say("/candidates").splitlines()[1:]
     assert 1 < len(candidates) <= 4
-    assert re.fullmatch(r" *-?\d+\.\d\d +-\d+\.\d\d  (.*)", candidates[0]).group(1).strip() == best.strip()
+    assert re.fullmatch(r" 1 +-?\d+\.\d\d +-\d+\.\d\d  (.*)", candidates[0]).group(1).strip() == best.strip()
 
     assert "4 utterances" in screen.say(f"/save {saved}")
-    assert "exists" in screen.say(f"/save {persona}")
+    assert "something else" in screen.say(f"/save {persona}")
     assert "Forgotten" in screen.say("/reset")
     assert "my cat can swim ." in screen.say(f"/persona set {persona}")
     sample = {sentence for each in Dialogs(str(ROOT / "data" / "sample.json")).personas for sentence in each}
@@ -549,24 +727,32 @@ def test_chat_at_a_terminal(dialog_model, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
-def test_ctrl_c_stops_a_reply_and_ends_the_chat_at_the_prompt(make_model, load, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_reply_and_clears_the_line_at_the_prompt(make_model, load, tmp_path: Path) -> None:
     model, tokenizer = load(make_model(tmp_path / "base", "llama", max_position_embeddings=12000))
     model.save(tmp_path)
     tokenizer.save(tmp_path)
     long = ["--max_length", "20000", "--min_length", "20000"]
-    screen = Screen("--model", tmp_path, "--personality", "i talk .", *long)
+    screen = Screen("--model", tmp_path, "--personality", "i talk .", *long, XDG_STATE_HOME=str(tmp_path / "state"))
     screen.until(">>> ")
     screen.type("hello\n")
     screen.until(r"hello\n.{20}")  # it streams: this is long before the end
     screen.type("\x03")
-    screen.until(r"\n>>> ")
+    assert "^C" not in screen.until(r"\n>>> ")
     assert len(screen.say("/candidates").splitlines()) >= 2
+    assert re.search(
+        r"last reply: \d+ tokens in .* tokens/s.*\ncontext: \d+ of the model's 12000", screen.say("/stats")
+    )
     screen.type("x" * (MAX_MESSAGE + 1) + "\n")  # its echo is wrapped
     screen.until(r"characters; expected at most[^\n]*\n>>> ")
     assert "type something" in screen.say("").lower()
-    screen.type("\x03\n")  # readline overlooks a signal that comes before it waits for a key, until the line ends
+    screen.type("half a line\x03\n")  # readline overlooks a signal that comes before it waits for a key, until the end
+    screen.until(r"Ctrl-D or /bye ends the chat\.\n>>> ")
+    screen.type("/bye\n")
     assert screen.end() == 0
-    assert "Traceback" not in screen.text
+    assert (
+        "Traceback" not in screen.text
+        and "half a line" not in (tmp_path / "state/improvedflend/chat_history").read_text()
+    )
 
 
 def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) -> None:
@@ -582,6 +768,43 @@ def test_scripted_chat_has_a_line_for_each_line(dialog_model, tmp_path: Path) ->
     assert "Persona: i like tea ." in ended.stderr
     histories = [json.loads(line)["utterances"][0]["history"] for line in transcript.read_text().splitlines()]
     assert histories[-1] == ["hello", replies[0], "/quit", replies[2], "//x"]
+
+
+def test_a_reader_that_leaves_ends_a_scripted_chat_in_silence(dialog_model) -> None:
+    command = f"yes hi | {sys.executable} interact.py --model {dialog_model('gpt2')} --personality hi | head -n 2"
+    ended = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert len(ended.stdout.splitlines()) == 2 and ended.stderr == "Persona: hi\n"
+
+
+def test_a_line_too_long_ends_a_scripted_chat(dialog_model) -> None:
+    options = ["--model", dialog_model("gpt2"), "--personality", "hi"]
+    ended = run_python("interact.py", *options, input="hi\n" + "x" * (MAX_MESSAGE + 1) + "\nhi\n")
+    assert ended.returncode == 2 and len(ended.stdout.splitlines()) == 1
+    assert f"error: the message has {MAX_MESSAGE + 1} characters" in ended.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+def test_a_terminal_with_colours(dialog_model, tmp_path: Path) -> None:
+    """Bracketed paste, a status line while several replies are drawn, odd bytes, and the history of the chat before."""
+    options = ["--model", dialog_model("gpt2"), "--personality", "hi", "--n_replies", "3", "--max_length", "30"]
+    screen = Screen(*options, TERM="xterm", XDG_STATE_HOME=str(tmp_path))
+    assert "loading" in screen.until(r"\x1b\[32m>>> \x1b\[0m")
+    screen.type("\x1b[200~one\rtwo\x1b[201~\n")
+    assert "3 replies, of which the best is given: 1 of at most 30 tokens" in screen.until(r"\x1b\[32m>>> \x1b\[0m")
+    os.write(screen.terminal, b"\xff\xfe\n")
+    screen.until(r"\x1b\[32m>>> \x1b\[0m")
+    screen.type("\x04")
+    assert screen.end() == 0 and "Traceback" not in screen.text
+    assert "one\ntwo" in History(tmp_path / "improvedflend" / "chat_history").read()
+    screen = Screen(*options, TERM="dumb", HOME="/proc/none", XDG_STATE_HOME="/proc/none")
+    screen.until(">>> ")
+    screen.type("three\nfour\n")
+    assert "\x1b" not in screen.until(r"\.\.\. four\n(.|\n)*?\n>>> ")
+    screen.say("/stats")
+    screen.type('"""five\n\x04')
+    screen.until(">>> ")
+    screen.type("/exit\n")
+    assert screen.end() == 0 and "Traceback" not in screen.text
 
 
 LONG = "like tea " * 80  # more than the tiny model's 128 tokens
@@ -608,7 +831,7 @@ def test_what_does_not_fit_is_said_once_with_numbers(
     chat.persona = persona
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in messages)))
     if at_terminal:
-        interact.Terminal(chat, None, Dialogs("")).run()
+        interact.TerminalChat(chat, None, Dialogs("")).run()
     else:
         interact.answer_lines(chat, None)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -10,7 +10,7 @@ from helpers import ROOT, run_python
 
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
 ROOMS = """
-    cli files model_files records formats dialogs utils inputs template
+    cli files model_files records formats dialogs transcript terminal utils inputs template
     adapters model cpu generation metrics learner runs card
 """.split()
 SCRIPTS = ["train", "interact", "convai_evaluation", "endpoint", "page", "web"]

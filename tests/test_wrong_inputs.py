@@ -33,6 +33,7 @@ from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, jso
 from inputs import Instances
 from model_files import find_model
 from records import EXPECTED, FORMATS
+from transcript import Transcript
 from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
 
 MEGABYTES = 10 * 2**20
@@ -313,7 +314,7 @@ def test_datasets_that_are_strange_and_right(name, write):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (GOOD, "{0} holds 1 dialog; expected one to train on and one to validate on, or --valid_path"),
+        (json_lines({"dialog": ["a", "b"]}), "{0} holds 1 dialog; expected one to train on and one to validate on, or --valid_path"),
         ("1\n2\n", "{0} holds 0 dialog; expected one to train on and one to validate on, or --valid_path"),
         (json_lines({"dialog": ["a"]}, {"dialog": []}), f"the validation split of {{0}} holds no reply; {FORMATS}"),
         ('{"train": [{"dialog": ["a", "b"]}], "valid": []}', f"the validation split of {{0}} holds no reply; {FORMATS}"),
@@ -793,7 +794,7 @@ def test_unpacking_onto_a_full_disk_leaves_nothing(tmp_path, cache):
 def test_a_transcript_on_a_full_disk_keeps_its_whole_lines(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(GOOD)
-    transcript = interact.Transcript(str(path))
+    transcript = Transcript(str(path))
     chat = SimpleNamespace(persona=[], history=["hi", "hello " * 99])
     with full_disk(len(GOOD) + 50), pytest.raises(UserError) as caught:
         transcript.add(chat)
@@ -805,7 +806,7 @@ def test_a_transcript_on_a_full_disk_keeps_its_whole_lines(tmp_path):
 
 def test_a_transcript_that_cannot_be_cut_back(tmp_path, monkeypatch):
     path = tmp_path / "chats.jsonl"
-    transcript = interact.Transcript(str(path))
+    transcript = Transcript(str(path))
 
     def fails(*_):
         raise OSError(5, "Input/output error")
@@ -815,11 +816,12 @@ def test_a_transcript_that_cannot_be_cut_back(tmp_path, monkeypatch):
         transcript.add(SimpleNamespace(persona=[], history=["hi", "hello"]))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe: File or stream is not seekable.; choose a file you can"):
-        interact.Transcript(str(tmp_path / "pipe"))
+        Transcript(str(tmp_path / "pipe"))
 
 
 def test_a_name_too_long_to_save_a_chat_in(tmp_path, dialog_model, load):
-    terminal = interact.Terminal(Conversation(*load(dialog_model("gpt2")), [], Decoding(), 2, 0), None, Dialogs(""))
+    terminal = interact.TerminalChat(Conversation(*load(dialog_model("gpt2")), [], Decoding(), 2, 0), None, Dialogs(""))
+    terminal.chat.resume(["hi", "hello"])
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: .*File name too long"):
         terminal.do_save(str(tmp_path / ("x" * 300)))
 
@@ -836,7 +838,7 @@ def test_a_full_gpu_is_one_line(ended, monkeypatch):
 def test_saving_a_chat_on_a_full_disk_keeps_what_was_saved(tmp_path, dialog_model, load, capsys):
     model, tokenizer = load(dialog_model("gpt2"))
     chat = Conversation(model, tokenizer, ["i like cats."], Decoding(), 2, 0)
-    terminal, path = interact.Terminal(chat, None, Dialogs("")), tmp_path / "chat.json"
+    terminal, path = interact.TerminalChat(chat, None, Dialogs("")), tmp_path / "chat.json"
     chat.resume(["hi", "hello"])
     terminal.do_save(str(path))
     before = path.read_text()

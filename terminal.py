@@ -1,0 +1,394 @@
+"""What a person types at a terminal and sees there: the prompt, its history, colours, wrapped text, a status line."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli import UserError, printable
+from files import state_folder
+
+# ------------------------------------------------------------------------------------------------------------
+# Colours
+# ------------------------------------------------------------------------------------------------------------
+
+GREEN, GREY = "32", "90"  # of the prompt; of what is neither typed nor a reply
+RESET = "\x1b[0m"
+
+
+def obeys_escapes() -> bool:
+    """Whether standard output is a terminal that obeys escape sequences, instead of showing them."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def coloured(text: str, colour: str) -> str:
+    """`text` in a colour, where there are colours and NO_COLOR (https://no-color.org) does not forbid them."""
+    return f"\x1b[{colour}m{text}{RESET}" if obeys_escapes() and not os.environ.get("NO_COLOR") else text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Words, whole ones in each line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def char_width(char: str) -> int:
+    """The columns that a character takes: two for Chinese, Japanese, Korean and emoji, none for accents put on top."""
+    if unicodedata.east_asian_width(char) in "WF":
+        return 2
+    return int(unicodedata.category(char) not in ("Mn", "Me", "Cf"))
+
+
+def text_width(text: str) -> int:
+    return sum(map(char_width, text))
+
+
+def columns() -> int:
+    """How many columns a line may fill; as many as it likes where the output is not a terminal.
+
+    Asked anew for each word, as a window may be resized. The last column stays free: terminals differ in what a line
+    break after it does.
+    """
+    return max(shutil.get_terminal_size().columns - 1, 1) if sys.stdout.isatty() else sys.maxsize
+
+
+class Wrapper:
+    """Breaks text that comes in pieces into lines, between words and beside wide characters.
+
+    A word is held back until it ends, as nobody can know before whether it fits its line.
+
+    Args:
+        columns: gives the columns of a line.
+    """
+
+    def __init__(self, columns: Callable[[], int] = columns):
+        self.columns, self.column, self.word = columns, 0, ""
+
+    def feed(self, piece: str) -> str:
+        """More text; what of the text may be printed now."""
+        lines = ""
+        for char in piece:
+            if char.isspace() or char_width(char) == 2:
+                lines += self.finish() + self._place(char)
+            else:
+                self.word += char
+        return lines
+
+    def finish(self) -> str:
+        """The word that was held back."""
+        word, self.word = self.word, ""
+        # One that is wider than a whole line has to be broken somewhere.
+        return self._place(word) if text_width(word) <= self.columns() else "".join(map(self._place, word))
+
+    def _place(self, text: str) -> str:
+        """`text`, after a line break where it does not fit; a space there is the line break."""
+        if text == "\n":
+            self.column = 0
+            return text
+        width = text_width(text)
+        if self.column + width <= self.columns():
+            self.column += width
+            return text
+        self.column = 0 if text.isspace() else width
+        return "\n" if text.isspace() else "\n" + text
+
+
+def wrapped(text: str, width: int | None = None) -> list[str]:
+    """The lines of a text, by default as wide as the terminal."""
+    wrapper = Wrapper(columns if width is None else lambda: max(width, 2))
+    return [line.rstrip() for line in (wrapper.feed(text) + wrapper.finish()).split("\n")]
+
+
+def hanging(head: str, text: str) -> str:
+    """`text` after `head`, and below its own beginning where it takes more lines."""
+    return head + ("\n" + " " * len(head)).join(wrapped(text, columns() - len(head)))
+
+
+def box(title: str, lines: list[str]) -> str:
+    """Lines in a frame that is open to the right, wrapped to the terminal's width."""
+    width = min(shutil.get_terminal_size().columns, 80)
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    top, side, bottom, dash = "╭│╰─" if unicode else "+|+-"
+    texts = [part for line in lines for part in wrapped(printable(line), width - 2)]
+    edge = max(map(text_width, [title + "    ", *(f"{side} {text}" for text in texts)]))
+    body = [f"{coloured(side, GREY)} {text}" for text in texts]
+    head, foot = f"{top}{dash} {title} ".ljust(edge, dash), bottom + dash * (edge - 1)
+    return "\n".join([coloured(head, GREY), *body, coloured(foot, GREY)])
+
+
+def notice(text: str) -> None:
+    """Print what the program says of itself."""
+    print(coloured("\n".join(wrapped(printable(text))), GREY))
+
+
+class Status:
+    """A line that says what is being waited for, until there is something else to show."""
+
+    def __init__(self):
+        self.shown = False
+
+    def show(self, text: str) -> None:
+        if obeys_escapes():
+            self.shown = True
+            print("\r\x1b[K" + coloured(text[: columns()], GREY), end="", flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            self.shown = False
+            print("\r\x1b[K", end="", flush=True)
+
+
+@dataclass
+class Pace:
+    """How fast a reply was drawn. Times in seconds."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0  # from the message to the first token
+    whole: float = 0.0  # to the last one
+    tokens: int = 0  # of the reply, or of the longest where several were drawn at once
+
+    def count(self) -> None:
+        self.whole = time.perf_counter() - self.started
+        self.first = self.first or self.whole
+        self.tokens += 1
+
+    def __str__(self) -> str:
+        speed = f"{self.tokens / max(self.whole, 1e-6):.1f} tokens/s"
+        return f"{self.tokens} tokens in {self.whole:.1f} s ({speed}), the first after {self.first:.1f} s"
+
+
+def print_stream(pieces: Iterator[str], waiting: str) -> Pace:
+    """Print a text as it comes, in pieces of which the last one is no token; its pace.
+
+    Args:
+        waiting: what is shown until the first word, where {} is how many tokens are drawn.
+    """
+    pace, status, wrapper = Pace(), Status(), Wrapper()
+    try:
+        status.show(waiting.format(0))
+        for piece in pieces:
+            pace.count()
+            if lines := wrapper.feed(piece):
+                status.clear()
+                print(lines, end="", flush=True)
+            elif wrapper.column == 0:
+                status.show(waiting.format(pace.tokens))
+    finally:
+        status.clear()
+    print(wrapper.finish())
+    pace.tokens -= 1
+    return pace
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The history of what was typed
+# ------------------------------------------------------------------------------------------------------------
+
+MAX_HISTORY = 1000  # messages that are remembered
+MAX_HISTORY_SIZE = 2**20  # bytes of the file that are read; a longer one is rewritten
+
+
+class History:
+    """What was typed, here and in earlier chats: a file of JSON strings, one a line, that only its owner can read.
+
+    Each message is written at once, so that chats side by side, and chats that are killed, keep theirs. Where nothing
+    can be written (a home of somebody else's, or none) there is a history of this chat alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path if path.is_absolute() else None  # ~ of a user without a home stays ~
+
+    def read(self) -> list[str]:
+        """The last messages, oldest first. Lines that are damaged are left out."""
+        messages = []
+        with contextlib.suppress(OSError):
+            if self.path is None or not self.path.is_file():  # to open a pipe would wait for its other side
+                return []
+            with open(self.path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - MAX_HISTORY_SIZE, 0))
+                for line in file.read().splitlines()[-MAX_HISTORY:]:
+                    with contextlib.suppress(ValueError, RecursionError):
+                        message = json.loads(line)
+                        messages += [message] * isinstance(message, str)
+            if size > MAX_HISTORY_SIZE:
+                os.truncate(self.path, 0)
+                self.append(*messages)
+        return messages
+
+    def append(self, *messages: str) -> None:
+        with contextlib.suppress(OSError):
+            if self.path is None or (self.path.exists() and not self.path.is_file()):
+                return
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
+                file.writelines(json.dumps(message) + "\n" for message in messages)
+
+
+def set_up_readline(history: History, complete_line: Callable[[list[str], str], list[str]]) -> Callable[[str], None]:
+    """Give input() arrow keys, a history and the tab key; the function that adds a message to that history.
+
+    Args:
+        complete_line: what the last word of a line may become, from the words before it and that word.
+    """
+    try:
+        import readline
+    except ImportError:  # Windows has none; input() has line editing of its own there
+        return lambda message: None
+
+    def complete(word: str, count: int) -> str | None:
+        before = readline.get_line_buffer()[: readline.get_begidx()].split()
+        return [*complete_line(before, word), None][count]
+
+    def recall(message: str) -> None:
+        with contextlib.suppress(ValueError):  # the encoding of this terminal may lack its characters
+            readline.add_history(printable(message))
+
+    def remember(message: str) -> None:
+        recall(message)
+        history.append(message)
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    readline.set_auto_history(False)  # a message of several lines is one entry
+    for message in history.read():
+        recall(message)
+    return remember
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The prompt
+# ------------------------------------------------------------------------------------------------------------
+
+PROMPT, MORE = ">>> ", "... "
+QUOTES = '"""'
+PASTED_WITHIN = 0.02  # seconds: no hand types a line so soon after another
+
+
+class Prompt:
+    """Messages and commands as a person types them.
+
+    Several lines that are pasted at once are one message. Where readline knows what is pasted (bracketed paste), they
+    come as one line; elsewhere, by what follows at once.
+
+    Args:
+        is_command: whether a line is a command. A command is one line, also among pasted ones.
+        complete_line: see `set_up_readline`.
+    """
+
+    def __init__(self, is_command: Callable[[str], bool], complete_line: Callable[[list[str], str], list[str]]):
+        self.is_command = is_command
+        self.terminal = sys.stdin.isatty()
+        self.remember = lambda message: None
+        if self.terminal:
+            self.remember = set_up_readline(History(state_folder() / "chat_history"), complete_line)
+        self.lines: list[str] = []  # pasted, and not taken yet
+
+    def message(self) -> str:
+        """The next message or command; "" for an empty line. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
+        try:
+            first = self._line(PROMPT)
+            text = self._quoted(first) if first.lstrip().startswith(QUOTES) else self._pasted(first)
+        except KeyboardInterrupt:
+            self.lines = []
+            raise
+        if text:
+            self.remember(text)
+        # What was quoted is text, also where it looks like a command.
+        return "/" + text if first.lstrip().startswith(QUOTES) and text.startswith("/") else text
+
+    def _line(self, prompt: str) -> str:
+        if not self.lines:
+            # readline must know what takes no columns: what is between \1 and \2
+            start, prompt, end = coloured(prompt, GREEN).partition(prompt)
+            shown = f"\1{start}\2{prompt}\1{end}\2" if start else prompt
+            self.lines = input(shown).replace("\r", "\n").split("\n")
+        return self.lines.pop(0)
+
+    def _follows(self) -> bool:
+        """Whether a line that was pasted with the last one waits."""
+        if self.lines or not self.terminal or os.name == "nt":
+            return bool(self.lines)
+        return bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
+
+    def _pasted(self, first: str) -> str:
+        lines = [first]
+        while not self.is_command(first) and self._follows():
+            try:
+                line = self._line(MORE)
+            except EOFError:
+                break
+            if self.is_command(line):
+                self.lines.insert(0, line)
+                break
+            lines.append(line)
+        return "\n".join(lines).strip()
+
+    def _quoted(self, first: str) -> str:
+        """The lines up to closing quotes, or to Ctrl-D."""
+        text = first.lstrip().removeprefix(QUOTES)
+        while not text.rstrip().endswith(QUOTES):
+            try:
+                text += "\n" + self._line(MORE)
+            except EOFError:
+                print()
+                break
+        return text.rstrip().removesuffix(QUOTES).strip()
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C in the body sets what the given function tells, so that no computation is torn; a second one raises.
+
+    What is typed meanwhile is not shown in the middle of what the body prints: it waits for the next prompt.
+    """
+    pressed = []
+
+    def press(*_) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        with keys_not_shown():
+            yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def keys_not_shown() -> Iterator[None]:
+    """The terminal neither shows nor edits what is typed in the body; Ctrl-C and Ctrl-Z still work."""
+    if not sys.stdin.isatty() or os.name == "nt":
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    quiet = list(before)
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)  # 3: the local modes
+    try:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # a terminal that was closed meanwhile
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of an input that is not a terminal."""
+    try:
+        for line in sys.stdin:
+            yield line.strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the input is not {error.encoding} text; send text in that encoding") from error
