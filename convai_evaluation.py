@@ -1,6 +1,8 @@
 """Evaluate a model as the ConvAI2 competition did: Hits@1, word perplexity and F1, without ParlAI."""
 
+import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -8,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 import ignite.distributed as idist
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,11 +19,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import RERANK, DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
+from cli import (
+    RERANK,
+    DatasetSettings,
+    Decoding,
+    Parser,
+    UserError,
+    first_line,
+    join_processes,
+    log,
+    option,
+    run_script,
+)
 from dialogs import Dialogs
-from files import find_finetuned_model, typed_path
+from files import ModelFiles, find_finetuned_model, typed_path
 from inputs import Batch, Instances, batches_by_length
-from metrics import Spelling, WordModel, perplexity, ranking_figures, reply_figures
+from metrics import Figure, Spelling, WordModel, distinct, figures_of, gold_ranks, reply_columns
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
 
 # Published figures, for context: (Hits@1 in %, PPL per word by the original toolkit's table, F1 in %).
@@ -29,6 +43,7 @@ ANCHORS = {
     "original README, validation set": ("> 79", "20.5", "16.5"),
     "published checkpoint, validation set": ("71.5", "-", "-"),
 }
+ANCHORED = ("hits@1", "original_word_ppl", "f1")
 LOGITS = 2**25  # at a time, 128 MB: with a vocabulary of 260,000, those of a hundred candidates come to 1 GB
 GENERATION_BATCH = 8  # a generated row has one continuation where a scored one has twenty: it takes more of them
 
@@ -46,6 +61,7 @@ class EvaluationSettings(DatasetSettings):
     valid_batch_size: int = option(4, "utterances per forward pass", low=1)
     limit: int = option(0, "evaluate the first so many replies (0: all)", low=0)
     output: str = option("", "write every figure, with settings and versions, to this JSON file")
+    compare: str = option("", "report of another model: show what differs, with standard errors")
     predictions: str = option("", "JSON lines file for replies, ranks and scores")
 
 
@@ -57,6 +73,9 @@ def parse_settings() -> tuple[EvaluationSettings, Decoding]:
 # ------------------------------------------------------------------------------------------------------------
 # Passes over the split. Each rank fills the rows of its utterances; a sum over ranks completes them.
 # ------------------------------------------------------------------------------------------------------------
+
+
+LIKELIHOODS = ("nll", "tokens", "word_nll", "original_word_nll", "words")
 
 
 @dataclass
@@ -73,7 +92,7 @@ class Results:
 
     @classmethod
     def empty(cls, utterances: int, candidates: int, max_length: int) -> "Results":
-        columns = [np.zeros(utterances) for _ in range(5)]
+        columns = [np.zeros(utterances) for _ in LIKELIHOODS]
         return cls(np.zeros((utterances, candidates)), *columns, np.zeros((utterances, max_length), np.int64))
 
 
@@ -213,13 +232,17 @@ def progress(name: str, loader: DataLoader) -> tqdm:
 
 @dataclass
 class Evaluation:
-    """Every figure that was asked for, and what it was made of."""
+    """What was measured of a split's first U replies."""
 
-    figures: dict[str, float]
-    results: Results
     rank_by: str
-    ranks: list[int]  # of the gold replies; empty where candidates were not ranked
-    replies: list[str]  # empty where none were generated
+    results: Results
+    columns: dict[str, np.ndarray]  # (U,) each: what the figures are made of
+    counts: dict[str, float]  # of all replies together
+    replies: list[str]  # as text; empty where none were generated
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {name: figure.value for name, figure in figures_of(self.columns).items()} | self.counts
 
 
 def evaluate(
@@ -247,28 +270,47 @@ def evaluate(
         generate_all(model, instances, decoding, settings.seed, settings.valid_batch_size, results)
     results = join_ranks(results, model.device)
 
-    figures, ranks, replies = {"utterances": size}, [], []
+    columns, counts, replies = {}, {"utterances": size}, []
     if "hits@1" in wanted:
-        hits, ranks = ranking_figures(results.scores, split)
-        figures |= hits
+        columns["rank"] = gold_ranks(results.scores, split) + 1
     if words:
-        figures |= {
-            "word_ppl": perplexity(results.word_nll, results.words),
-            "original_word_ppl": perplexity(results.original_word_nll, results.words),
-            "token_ppl": perplexity(results.nll, results.tokens),
-            "words": int(results.words.sum()),
-            "tokens": int(results.tokens.sum()),
-            "dictionary": len(words.words),
-        }
+        columns |= {name: getattr(results, name) for name in LIKELIHOODS}
+        counts |= {"words": int(results.words.sum()), "tokens": int(results.tokens.sum())}
+        counts["dictionary"] = len(words.words)
     if "f1" in wanted:
         replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
-        figures |= reply_figures(replies, split)
-    return Evaluation(figures, results, rank_by, ranks, replies)
+        columns |= reply_columns(replies, split)
+        counts |= {f"distinct_{n}": distinct(replies, n) for n in (1, 2)}
+    return Evaluation(rank_by, results, columns, counts, replies)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The report
 # ------------------------------------------------------------------------------------------------------------
+
+
+class Evaluated(msgspec.Struct):
+    """The replies that were evaluated."""
+
+    dataset: str
+    split: str
+    digest: list[str]  # of the files with training and validation data
+    replies: int
+    of: int
+
+
+def evaluated_replies(dialogs: Dialogs, settings: EvaluationSettings, size: int) -> Evaluated:
+    """What settings say of the validation split, which has `size` replies."""
+    name = settings.valid_path or settings.dataset_path or "PersonaChat"
+    return Evaluated(name, "valid", list(dialogs.digest), min(size, settings.limit or size), size)
+
+
+class OtherReport(msgspec.Struct):
+    """What a comparison needs of a report."""
+
+    evaluated: Evaluated
+    utterances: dict[str, list[float]]
+
 
 NAMES = {
     "hits@1": "Hits@1",
@@ -288,6 +330,13 @@ NAMES = {
 }
 
 
+# They end the output, as ParlAI's scripts end theirs.
+FINAL = {
+    "hits@1": "FINAL Hits@1: {:.3f}",
+    "original_word_ppl": "FINAL PPL: {:.1f}",
+    "f1": "FINAL F1: {:.3f}",
+}
+
 RANKED_BY = {
     "mc": "the multiple-choice head",
     "lm": "likelihood per token",
@@ -295,39 +344,116 @@ RANKED_BY = {
 }
 
 
-def print_table(figures: dict[str, float], rank_by: str) -> None:
-    """This model's figures beside the published ones."""
-    width = max(map(len, NAMES.values()))
-    columns = {"hits@1": 0, "original_word_ppl": 1, "f1": 2}
-    print(f"\n{'metric':{width}}  this model   " + "  ".join(f"({i})" for i in range(1, len(ANCHORS) + 1)))
-    for key in [key for key in NAMES if key in figures]:
-        value, anchors = figures[key], [""] * len(ANCHORS)
-        if key in columns:
-            anchors = [published[columns[key]] for published in ANCHORS.values()]
-        percent = key not in ("original_word_ppl", "word_ppl", "token_ppl", "mean_length")
-        shown = f"{100 * value:9.1f} %" if percent else f"{value:9.2f}  "
-        print(f"{NAMES[key]:{width}}  {shown}  " + " ".join(f"{anchor:>5}" for anchor in anchors))
-    for i, name in enumerate(ANCHORS, 1):
-        print(f"({i}) {name}")
-    if "hits@1" in figures:
-        print(f"Candidates were ranked by {RANKED_BY[rank_by]}.")
+def shown(name: str, value: float, error: float = math.nan, sign: str = "") -> str:
+    """A figure as people read it, with its standard error where it has one."""
+    is_share = name not in ("original_word_ppl", "word_ppl", "token_ppl", "mean_length")
+    scale, digits, unit = (100, 1, " %") if is_share else (1, 2, "")
+    spread = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
+    return f"{scale * value:{sign}.{digits}f}{spread}{unit}"
+
+
+def print_rows(rows: list[list[str]]) -> None:
+    """Cells under each other, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     print()
 
 
-def write_report(path: str, figures: dict[str, float], settings: dict, seconds: float) -> None:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
+def print_table(evaluation: Evaluation, evaluated: Evaluated) -> None:
+    """What was evaluated, and this model's figures beside the published ones."""
+    figures = figures_of(evaluation.columns)
+    errors = {name: figure.standard_error for name, figure in figures.items()}
+    rows = [["metric", "this model", *(f"({i})" for i in range(1, len(ANCHORS) + 1))]]
+    for name in [name for name in NAMES if name in evaluation.figures]:
+        anchors = [""] * len(ANCHORS)
+        if name in ANCHORED:
+            anchors = [published[ANCHORED.index(name)] for published in ANCHORS.values()]
+        rows.append([NAMES[name], shown(name, evaluation.figures[name], errors.get(name, math.nan)), *anchors])
+    print(
+        f"\nThe first {evaluated.replies:,} of the {evaluated.of:,} replies of {evaluated.dataset}, {evaluated.split}."
+    )
+    if "rank" in evaluation.columns:
+        print(f"Candidates are ranked by {RANKED_BY[evaluation.rank_by]}.")
+    print("After ±: the standard error.\n")
+    print_rows(rows)
+    for i, name in enumerate(ANCHORS, 1):
+        print(f"({i}) {name}")
+    print()
+
+
+def compare(columns: dict[str, np.ndarray], other: OtherReport) -> dict[str, tuple[Figure, Figure, Figure]]:
+    """Each figure that both have: of this model, of the other, and their paired difference."""
+    ours, theirs = figures_of(columns), figures_of({name: np.array(c) for name, c in other.utterances.items()})
+    return {
+        name: (ours[name], theirs[name], ours[name] - theirs[name]) for name in NAMES if name in ours.keys() & theirs
     }
-    known = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no nan
-    report = {"figures": known, "settings": settings, "versions": versions, "seconds": round(seconds, 1)}
-    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def print_comparison(path: str, differences: dict[str, tuple[Figure, Figure, Figure]]) -> None:
+    rows = [["metric", "this model", "the other", "difference"]]
+    for name, (ours, theirs, difference) in differences.items():
+        values = shown(name, ours.value), shown(name, theirs.value)
+        rows.append([NAMES[name], *values, shown(name, difference.value, difference.standard_error, sign="+")])
+    print(f"Against {path}, reply by reply:\n")
+    print_rows(rows)
+
+
+def read_report(path: str, evaluated: Evaluated) -> OtherReport:
+    """A report of the same replies.
+
+    Raises:
+        UserError: it is none, or one of others.
+    """
+    try:
+        other = msgspec.json.decode(typed_path(path).read_bytes(), type=OtherReport)
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        raise UserError(f"--compare {path}: {first_line(error)}; expected a report that --output wrote") from error
+    theirs = other.evaluated
+    if (theirs.digest, theirs.replies) != (evaluated.digest, evaluated.replies):
+        same = "the same" if theirs.digest == evaluated.digest else "another"
+        raise UserError(
+            f"--compare {path}: {theirs.replies} replies of {same} dataset; expected the {evaluated.replies} that are "
+            "evaluated now, so that replies can be paired: evaluate both models with the same data and --limit"
+        )
+    return other
+
+
+def weights_digest(files: ModelFiles) -> str:
+    """SHA-256 of the model's weights, one file after the other."""
+    digest = hashlib.sha256()
+    for path in files.weights:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_report(path: str, evaluation: Evaluation, about: dict) -> None:
+    """Write every figure with what it takes to repeat it, and what was measured of each reply, to compare with."""
+    errors = {name: figure.standard_error for name, figure in figures_of(evaluation.columns).items()}
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    report = {
+        "figures": json_numbers(evaluation.figures),
+        "standard_errors": json_numbers(errors),
+        **about,
+        "versions": {"python": platform.python_version()} | versions,
+    }
+    # indent would give each of many thousand numbers a line of its own
+    lines = [f'    "{name}": [{", ".join(f"{x:.7g}" for x in column)}]' for name, column in evaluation.columns.items()]
+    text = json.dumps(report, indent=2).removesuffix("\n}")
+    write_text(path, text + ',\n  "utterances": {\n' + ",\n".join(lines) + "\n  }\n}\n")
+
+
+def json_numbers(figures: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows neither nan nor infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def write_predictions(path: str, split: Split, evaluation: Evaluation) -> None:
     lines = []
-    for utterance in range(evaluation.figures["utterances"]):
+    for utterance in range(evaluation.counts["utterances"]):
         line = {
             "persona": split.persona_texts(utterance),
             "history": split.history_texts(utterance),
@@ -335,10 +461,10 @@ def write_predictions(path: str, split: Split, evaluation: Evaluation) -> None:
         }
         if evaluation.replies:
             line["reply"] = evaluation.replies[utterance]
-        if evaluation.ranks:
+        if "rank" in evaluation.columns:
             candidates = split.candidate_texts(utterance)
             scores = evaluation.results.scores[utterance, : len(candidates)].tolist()
-            line |= {"rank": evaluation.ranks[utterance] + 1, "candidates": candidates, "scores": scores}
+            line |= {"rank": int(evaluation.columns["rank"][utterance]), "candidates": candidates, "scores": scores}
         lines.append(json.dumps(line, ensure_ascii=False))
     write_text(path, "\n".join(lines) + "\n")
 
@@ -349,25 +475,6 @@ def write_text(path: str, text: str, mode: str = "w") -> None:
             file.write(text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error
-
-
-def report(
-    evaluation: Evaluation, split: Split, settings: EvaluationSettings, decoding: Decoding, seconds: float
-) -> None:
-    """The table, the FINAL lines, and the files that were asked for."""
-    figures = evaluation.figures
-    print_table(figures, evaluation.rank_by)
-    if "hits@1" in figures:
-        print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
-    if "original_word_ppl" in figures:
-        print(f"FINAL PPL: {figures['original_word_ppl']:.1f}")
-    if "f1" in figures:
-        print(f"FINAL F1: {figures['f1']:.3f}")
-    if settings.output:
-        settings_used = asdict(settings) | asdict(decoding) | {"rank_by": evaluation.rank_by}
-        write_report(settings.output, figures, settings_used, seconds)
-    if settings.predictions:
-        write_predictions(settings.predictions, split, evaluation)
 
 
 def main() -> None:
@@ -382,6 +489,8 @@ def main() -> None:
         tokenizer = load_tokenizer(files, settings.pre_tokenizer)
         dialogs = Dialogs(training, settings.valid_path, whole=True)
         splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
+        evaluated = evaluated_replies(dialogs, settings, len(splits["valid"]))
+        other = read_report(settings.compare, evaluated) if settings.compare else None
         from cpu import optimize_for_cpu_inference
         from model import load_model
 
@@ -393,7 +502,22 @@ def main() -> None:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
     evaluation = evaluate(model, splits, tokenizer, settings, decoding)
     if idist.get_rank() == 0:
-        report(evaluation, splits["valid"], settings, decoding, time.monotonic() - started)
+        print_table(evaluation, evaluated)
+        if other:
+            print_comparison(settings.compare, compare(evaluation.columns, other))
+        for name, line in FINAL.items():
+            if name in evaluation.figures:
+                print(line.format(evaluation.figures[name]))
+        if settings.output:
+            about = {
+                "evaluated": msgspec.to_builtins(evaluated),
+                "model": {"name": settings.model, "digest": weights_digest(files)},
+                "settings": asdict(settings) | asdict(decoding) | {"rank_by": evaluation.rank_by},
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            write_report(settings.output, evaluation, about)
+        if settings.predictions:
+            write_predictions(settings.predictions, splits["valid"], evaluation)
     if dist.is_initialized():
         dist.destroy_process_group()
 

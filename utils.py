@@ -102,13 +102,12 @@ class DialogTokenizer:
         It need not be the first that `encode` gives: openai-gpt has a token "i'm", which no text comes to.
         """
         backend = getattr(self.hf, "backend_tokenizer", None)
-        if backend is None:
-            return next(iter(self.encode([word])[0]), -1)
-        first = next(iter(backend.model.tokenize(word)), None)
+        first = next(iter(backend.model.tokenize(word)), None) if backend else None
         if first is not None and word.startswith(first.value.removesuffix("</w>")):
             return first.id
-        unknown = self.hf.unk_token_id  # tokenizers skips what a vocabulary without it lacks
-        return -1 if unknown is None else unknown
+        if self.hf.unk_token_id is not None:  # a sign that the vocabulary lacks; tokenizers may leave it out
+            return self.hf.unk_token_id
+        return next(iter(self.encode([word])[0]), -1)
 
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens and control characters."""

@@ -1,5 +1,6 @@
 """The ConvAI2 evaluation against hand-worked cases and against a slow and obvious reference."""
 
+import hashlib
 import json
 import logging
 import math
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import convai_evaluation
+from cli import UserError
 from convai_evaluation import evaluate, main, parse_settings
 from dialogs import Dialogs
 from helpers import run_python
 from inputs import Instances, batches_by_length, collate
-from metrics import WordModel, f1, gold_rank, normalize, ranking_figures, reply_figures, split_words
+from metrics import WordModel, distinct, f1, figures_of, gold_rank, gold_ranks, normalize, reply_columns, split_words
 from utils import load_dataset
 
 KINDS = ("openai-gpt", "gpt2", "llama")
@@ -90,13 +92,15 @@ def splits_of(tmp_path: Path):
 
 @pytest.fixture
 def run(load, options, splits_of):
-    """`run(folder, data, "--x", 1)` gives an `Evaluation`, and its .split and .tokenizer."""
+    """`run(folder, data, "--x", 1)` gives what is in an `Evaluation`, .figures, .ranks, .split and .tokenizer."""
 
     def run_evaluation(folder: Path, data: dict, *arguments) -> SimpleNamespace:
         model, tokenizer = load(folder)
         splits = splits_of(data, tokenizer)
         found = evaluate(model, splits, tokenizer, *options(*arguments))
-        return SimpleNamespace(**vars(found), split=splits["valid"], tokenizer=tokenizer)
+        ranks = (found.columns["rank"] - 1).tolist() if "rank" in found.columns else []
+        about = {"figures": found.figures, "ranks": ranks, "split": splits["valid"], "tokenizer": tokenizer}
+        return SimpleNamespace(**vars(found), **about)
 
     return run_evaluation
 
@@ -416,18 +420,67 @@ def test_what_a_person_would_notice(dialog_model, load, splits_of) -> None:
         load(dialog_model("gpt2"))[1],
     )["valid"]
     replies = ["I like GREEN tea!", "where do you live ?", "so, where do you go", ""]
-    assert reply_figures(replies, split) == pytest.approx(
-        {
-            "f1": (6 / 7 + 0 + 4 / 9 + 0) / 4,
-            "mean_length": (4 + 4 + 5 + 0) / 4,
-            "distinct_1": 10 / 13,
-            "distinct_2": 8 / 10,
-            "questions": 1 / 4,
-            "repeats_utterance": 1 / 4,
-            "repeats_history_3gram": 2 / 4,
-            "repeats_persona": 1 / 4,
-        }
+    columns = reply_columns(replies, split)
+    expected = {
+        "f1": [6 / 7, 0, 4 / 9, 0],
+        "mean_length": [4, 4, 5, 0],
+        "questions": [0, 1, 0, 0],
+        "repeats_utterance": [0, 1, 0, 0],
+        "repeats_history_3gram": [0, 1, 1, 0],
+        "repeats_persona": [1, 0, 0, 0],
+    }
+    assert columns.keys() == expected.keys()
+    assert np.stack(list(columns.values())) == pytest.approx(np.array([expected[name] for name in columns]))
+    assert {name: figure.value for name, figure in figures_of(columns).items()} == pytest.approx(
+        {name: sum(column) / 4 for name, column in expected.items()}
     )
+    assert (distinct(replies, 1), distinct(replies, 2)) == (10 / 13, 8 / 10)
+
+
+def test_standard_errors_by_hand() -> None:
+    ranks = np.array([1, 2, 1, 1, 6])
+    columns = {"rank": ranks, "f1": np.array([0.1, 0.5, 0.0, 0.0, 0.9])}
+    columns |= {"nll": np.array([2.0, 6.0, 4.0, 0, 0]), "tokens": np.array([1, 3, 2, 0, 0])}  # 2 each: no deviation
+    columns |= {"word_nll": np.array([1.0, 4.0, 0, 0, 0]), "words": np.array([1, 1, 0, 0, 0])}
+    columns |= {"original_word_nll": np.zeros(5)}
+    figures = figures_of(columns)
+    values = {
+        "hits@1": 0.6,
+        "hits@5": 0.8,
+        "hits@10": 1,
+        "f1": 0.3,
+        "token_ppl": math.exp(2),
+        "word_ppl": math.exp(2.5),
+    }
+    errors = {name: np.std(ranks <= k, ddof=1) / math.sqrt(5) for name, k in (("hits@1", 1), ("hits@5", 5))}
+    errors |= {"hits@10": 0, "f1": np.std(columns["f1"], ddof=1) / math.sqrt(5), "token_ppl": 0}
+    errors["word_ppl"] = math.exp(2.5) * math.sqrt(5 / 4 * ((1.5 / 2) ** 2 + (1.5 / 2) ** 2))
+    assert {name: figures[name].value for name in values} == pytest.approx(values)
+    assert {name: figures[name].standard_error for name in errors} == pytest.approx(errors)
+    alone = figures_of({name: column[:1] for name, column in columns.items()})
+    assert math.isnan(alone["hits@1"].standard_error) and alone["token_ppl"].value == pytest.approx(math.exp(2))
+
+
+def test_standard_errors_are_those_of_drawing_other_replies() -> None:
+    """Of two models whose likelihoods go together, as those of one reply do: the bootstrap's spread, within a tenth."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 20, 400)
+    hard = rng.gamma(4, 0.8, 400)
+    ours, theirs = (
+        {"nll": counts * (hard + rng.normal(0, 0.3, 400)), "tokens": counts, "word_nll": hard, "words": counts}
+        | {"original_word_nll": hard, "rank": rng.integers(1, 3, 400)}
+        for _ in range(2)
+    )
+    draws = [rng.integers(400, size=400) for _ in range(2000)]
+    for name in ("token_ppl", "hits@1"):
+        figures, others = figures_of(ours)[name], figures_of(theirs)[name]
+        drawn = [[figures_of({n: c[draw] for n, c in m.items()})[name].value for draw in draws] for m in (ours, theirs)]
+        assert figures.standard_error == pytest.approx(np.std(drawn[0]), rel=0.1)
+        difference = figures - others
+        assert difference.value == figures.value - others.value
+        assert difference.standard_error == pytest.approx(np.std(np.subtract(*drawn)), rel=0.1)
+    apart = figures_of(ours)["token_ppl"].standard_error + figures_of(theirs)["token_ppl"].standard_error
+    assert (figures_of(ours)["token_ppl"] - figures_of(theirs)["token_ppl"]).standard_error < apart / 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -570,7 +623,7 @@ def test_a_tie_is_one_in_coarse_arithmetic_too(dialog_model, run) -> None:
     utterances = [([turn], ["the snow ☂", "no .", "the snow ☃"]) for turn in ("hi", "hello")]
     found = run(dialog_model("openai-gpt"), {"train": [], "valid": [dialog([], *utterances)]})
     found.results.scores[:] = [[2.0, 1.0, 2.0078125], [1.0, 2.0, 0.9921875]]  # bf16 rounds to such steps
-    assert ranking_figures(found.results.scores, found.split)[1] == [1, 2]
+    assert gold_ranks(found.results.scores, found.split).tolist() == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -704,6 +757,7 @@ def test_table_names_the_published_figures(dialog_model, command, tmp_path: Path
 def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     output, predictions = tmp_path / "report.json", tmp_path / "predictions.jsonl"
+    weights = dialog_model("gpt2") / "model.safetensors"
     command(
         *("--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"),
         *("--output", output, "--predictions", predictions, "--limit", 7, "--top_k", 7, "--seed", 5),
@@ -713,14 +767,22 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     noticed = {"mean_length", "distinct_1", "distinct_2", "questions"}
     noticed |= {"repeats_utterance", "repeats_history_3gram", "repeats_persona"}
     counts = {"utterances", "words", "tokens", "dictionary"}
-    assert (
-        figures.keys()
-        == {"hits@1", "hits@5", "hits@10", "word_ppl", "original_word_ppl", "token_ppl", "f1"} | noticed | counts
-    )
+    measured = {"hits@1", "hits@5", "hits@10", "word_ppl", "original_word_ppl", "token_ppl", "f1"}
+    assert figures.keys() == measured | noticed | counts
     assert figures["utterances"] == 7
+    columns = {name: np.array(column) for name, column in report["utterances"].items()}
+    assert {len(column) for column in columns.values()} == {7}
+    of_columns = figures_of(columns)
+    assert {name: figures[name] for name in of_columns} == pytest.approx({n: f.value for n, f in of_columns.items()})
+    assert report["standard_errors"] == pytest.approx({n: f.standard_error for n, f in of_columns.items()}, rel=1e-4)
+    assert max(map(len, output.read_text().splitlines())) > 8 * 5  # a column has one line
     expected = {"limit": 7, "top_k": 7, "seed": 5, "eval_type": "all", "model": str(dialog_model("gpt2"))}
     assert report["settings"] == report["settings"] | expected
     assert report["versions"]["torch"] == torch.__version__ and "transformers" in report["versions"]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "data.json", weights)]
+    assert report["model"] == {"name": str(dialog_model("gpt2")), "digest": digests[1]}
+    about = {"dataset": str(tmp_path / "data.json"), "split": "valid", "replies": 7, "of": 8}
+    assert report["evaluated"] == about | {"digest": [digests[0], ""]}
 
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     given = [(each, turn) for each in DATA["valid"] for turn in each["utterances"]][:7]
@@ -732,6 +794,45 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
         assert math.isfinite(sum(line["scores"])) and len(line["scores"]) == len(line["candidates"])
     assert figures["hits@1"] == pytest.approx(np.mean([line["rank"] == 1 for line in lines]))
     assert figures["f1"] == pytest.approx(np.mean([f1_by_hand(line["reply"], line["gold"]) for line in lines]))
+
+
+def test_two_models_are_compared_reply_by_reply(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    base = ["--dataset_path", tmp_path / "data.json", "--eval_type", "all", "--limit", 6]
+    other = tmp_path / "other.json"
+    command("--model", dialog_model("gpt2"), *base, "--output", other)
+    reports = {"gpt2": json.loads(other.read_text())}
+    for kind in ("gpt2", "llama"):
+        output = tmp_path / f"{kind}.json"
+        written = command("--model", dialog_model(kind), *base, "--output", output, "--compare", other)
+        reports[kind] = json.loads(output.read_text())
+        assert f"Against {other}" in written.out
+        rows = re.findall(
+            r"^(F1|Hits@1|PPL per token) +(\S+)(?: %)? +(\S+)(?: %)? +([+-]\S+) ± (\S+)", written.out, re.M
+        )
+        assert [row[0] for row in rows] == ["Hits@1", "PPL per token", "F1"]
+        for (_, *cells), name, scale in zip(rows, ("hits@1", "token_ppl", "f1"), (100, 1, 100), strict=True):
+            ours, theirs, difference, error = map(float, cells)
+            expected = [scale * reports[k]["figures"][name] for k in (kind, "gpt2")]
+            assert [ours, theirs, difference] == pytest.approx([*expected, expected[0] - expected[1]], abs=0.06)
+            assert error == 0 if kind == "gpt2" else error > 0 or name != "token_ppl"  # no model has a hit
+
+
+def test_a_report_that_cannot_be_compared(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    (tmp_path / "other.json").write_text(json.dumps(DATA | {"train": []}))
+    base = ["--model", dialog_model("gpt2"), "--eval_type", "f1", "--max_length", 2]
+    report = tmp_path / "report.json"
+    command(*base, "--dataset_path", tmp_path / "data.json", "--output", report)
+    for arguments, line in {
+        ("data.json", 4, report): "8 replies of the same dataset; expected the 4 that are evaluated now",
+        ("other.json", 0, report): "8 replies of another dataset; expected the 8 that are evaluated now",
+        ("data.json", 0, tmp_path / "data.json"): "missing required field `evaluated`; expected a report",
+        ("data.json", 0, tmp_path / "none.json"): "No such file or directory.*; expected a report",
+    }.items():
+        name, limit, other = arguments
+        with pytest.raises(UserError, match=f"^--compare {other}: .*{line}"):
+            command(*base, "--dataset_path", tmp_path / name, "--limit", limit, "--compare", other)
 
 
 def parlai_text(dialogs: list[dict]) -> str:
