@@ -234,6 +234,7 @@ def progress(name: str, loader: DataLoader) -> tqdm:
 class Evaluation:
     """What was measured of a split's first U replies."""
 
+    split: Split  # with all right replies among its candidates
     rank_by: str
     results: Results
     columns: dict[str, np.ndarray]  # (U,) each: what the figures are made of
@@ -249,7 +250,7 @@ def evaluate(
     model, splits: dict[str, Split], tokenizer: DialogTokenizer, settings: EvaluationSettings, decoding: Decoding
 ) -> Evaluation:
     """Measure what was asked for of the first replies of the validation split."""
-    split = splits["valid"]
+    split = splits["valid"].with_alternatives()
     size = min(len(split), settings.limit or len(split))
     wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
     results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
@@ -281,7 +282,7 @@ def evaluate(
         replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
         columns |= reply_columns(replies, split)
         counts |= {f"distinct_{n}": distinct(replies, n) for n in (1, 2)}
-    return Evaluation(rank_by, results, columns, counts, replies)
+    return Evaluation(split, rank_by, results, columns, counts, replies)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,14 +452,16 @@ def json_numbers(figures: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def write_predictions(path: str, split: Split, evaluation: Evaluation) -> None:
-    lines = []
+def write_predictions(path: str, evaluation: Evaluation) -> None:
+    lines, split = [], evaluation.split
     for utterance in range(evaluation.counts["utterances"]):
         line = {
             "persona": split.persona_texts(utterance),
             "history": split.history_texts(utterance),
             "gold": split.gold_text(utterance),
         }
+        if alternatives := split.right_texts(utterance)[1:]:
+            line["alternatives"] = alternatives
         if evaluation.replies:
             line["reply"] = evaluation.replies[utterance]
         if "rank" in evaluation.columns:
@@ -517,7 +520,7 @@ def main() -> None:
             }
             write_report(settings.output, evaluation, about)
         if settings.predictions:
-            write_predictions(settings.predictions, splits["valid"], evaluation)
+            write_predictions(settings.predictions, evaluation)
     if dist.is_initialized():
         dist.destroy_process_group()
 

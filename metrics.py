@@ -37,19 +37,19 @@ def f1(reply: str, gold: str) -> float:
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
-def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
-    """The rank of the gold reply among the candidates, of which it is the last; 0 is the best.
+def gold_rank(scores: np.ndarray, texts: list[str], right: list[str]) -> int:
+    """The rank of the first right reply among the candidates, of which the gold one is the last; 0 is the best.
 
-    ParlAI sorts candidates by score, and looks for the first one with the gold reply's normalised text. Equal scores
-    keep the order of the candidates, so a tie counts against the gold reply.
+    ParlAI sorts candidates by score, and looks for the first one with the normalised text of any right reply. Equal
+    scores keep the order of the candidates, so a tie counts against the gold reply.
     """
-    texts = [normalize(text) for text in texts]
+    wanted = set(map(normalize, right))
     order = np.argsort(-scores, kind="stable")
-    return next(rank for rank, candidate in enumerate(order) if texts[candidate] == texts[-1])
+    return next(rank for rank, candidate in enumerate(order) if normalize(texts[candidate]) in wanted)
 
 
 def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
-    """The ranks (U,) of the gold replies of a split's first U utterances, from the scores (U, N) of their candidates.
+    """The ranks (U,) of the right replies of a split's first U utterances, from the scores (U, N) of their candidates.
 
     Candidates of the same tokens get the first one's score: what differs is rounding, which depends on a candidate's
     place in its row, and is coarse in bf16.
@@ -60,7 +60,7 @@ def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
         for n, candidate in enumerate(split.candidates[utterance]):
             row[n] = row[first_with.setdefault(tuple(split.ids(candidate)), n)]
         texts = split.candidate_texts(utterance)
-        ranks.append(gold_rank(row[: len(texts)], texts))
+        ranks.append(gold_rank(row[: len(texts)], texts, split.right_texts(utterance)))
     return np.array(ranks)
 
 
@@ -196,7 +196,7 @@ def reply_columns(replies: list[str], split: Split) -> dict[str, np.ndarray]:
             for texts in (split.history_texts(utterance), split.persona_texts(utterance))
         )
         history_3grams = {gram for text in history for gram in ngrams(text, 3)}
-        columns["f1"].append(f1(reply, split.gold_text(utterance)))
+        columns["f1"].append(max(f1(reply, right) for right in split.right_texts(utterance)))
         columns["mean_length"].append(len(words))
         columns["questions"].append(reply.rstrip().endswith("?"))
         columns["repeats_utterance"].append(bool(words) and words in history)

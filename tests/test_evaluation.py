@@ -99,7 +99,7 @@ def run(load, options, splits_of):
         splits = splits_of(data, tokenizer)
         found = evaluate(model, splits, tokenizer, *options(*arguments))
         ranks = (found.columns["rank"] - 1).tolist() if "rank" in found.columns else []
-        about = {"figures": found.figures, "ranks": ranks, "split": splits["valid"], "tokenizer": tokenizer}
+        about = {"figures": found.figures, "ranks": ranks, "tokenizer": tokenizer}
         return SimpleNamespace(**vars(found), **about)
 
     return run_evaluation
@@ -359,7 +359,16 @@ def test_words(text: str, expected: list[str]) -> None:
     ],
 )
 def test_rank(scores: list[float], texts: list[str], expected: int) -> None:
-    assert gold_rank(np.array(scores, float), texts) == expected
+    assert gold_rank(np.array(scores, float), texts, texts[-1:]) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([3, 2, 1, 0], 1), ([2, 3, 1, 0], 0), ([3, 1, 2, 0], 1), ([3, 0, 1, 2], 1), ([3, 1, 0, 0], 1), ([2, 0, 2, 1], 1)],
+)
+def test_any_right_reply_at_the_first_place_is_a_hit(scores: list[int], expected: int) -> None:
+    right = ["gold", "Hey!", "hello there"]
+    assert gold_rank(np.array(scores, float), ["no", "hey", "hello there", "gold"], right) == expected
 
 
 class Letters:
@@ -790,7 +799,7 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     for line, (each, turn) in zip(lines, given, strict=True):
         assert (line["persona"], line["history"]) == (each["personality"], turn["history"])
         assert (line["candidates"], line["gold"]) == (turn["candidates"], turn["candidates"][-1])
-        assert line["rank"] == 1 + gold_rank(np.array(line["scores"]), line["candidates"])
+        assert line["rank"] == 1 + gold_rank(np.array(line["scores"]), line["candidates"], [line["gold"]])
         assert math.isfinite(sum(line["scores"])) and len(line["scores"]) == len(line["candidates"])
     assert figures["hits@1"] == pytest.approx(np.mean([line["rank"] == 1 for line in lines]))
     assert figures["f1"] == pytest.approx(np.mean([f1_by_hand(line["reply"], line["gold"]) for line in lines]))
@@ -876,6 +885,34 @@ def test_parlai_text_is_as_good_as_json(bare: bool, train: list[dict], dialog_mo
         assert all(len(texts) == len(set(texts)) == (4 if bare else 5) for texts in candidates)
     assert found["text"][0] == found["json"][0]
     assert found["text"][1] == pytest.approx(found["json"][1], rel=1e-6)
+
+
+def test_other_right_labels_of_parlai_count(dialog_model, load, tmp_path: Path, command, monkeypatch) -> None:
+    """`a|b`: the first is learned and predicted; each is ranked, and F1 is that of the nearest (as in ParlAI)."""
+    data, predictions, report = tmp_path / "data.txt", tmp_path / "lines.jsonl", tmp_path / "report.json"
+    data.write_text("1 hi\ti like tea|green tea\t\tno|i like tea|green tea\n2 so ?\tyes\t\tno|yes\n")
+    replies = {"hi": "Green tea!", "so ?": "green tea"}
+    model, tokenizer = load(dialog_model("gpt2"))
+
+    def generate_all(model, instances, decoding, seed, batch_size, results) -> None:
+        for row, text in enumerate(replies.values()):
+            tokens = np.array(tokenizer.encode([text])[0])
+            results.replies[row, : len(tokens)] = tokens + 1
+
+    def score(model, instances, words, rank_by, batch_size, results) -> None:
+        assert [len(instances[row].candidates) for row in range(2)] == [3, 2]
+        results.scores[:] = [[1, 2, 0], [1, 0, 0]]  # no, green tea, i like tea; no, yes
+        results.tokens[:] = results.words[:] = 1
+
+    monkeypatch.setattr(convai_evaluation, "generate_all", generate_all)
+    monkeypatch.setattr(convai_evaluation, "score", score)
+    base = ["--model", dialog_model("gpt2"), "--dataset_path", data, "--eval_type", "all"]
+    command(*base, "--output", report, "--predictions", predictions)
+    figures = json.loads(report.read_text())["figures"]
+    assert (figures["hits@1"], figures["f1"]) == (0.5, 0.5)
+    first, second = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert (first["gold"], first["alternatives"], first["rank"]) == ("i like tea", ["green tea"], 1)
+    assert first["candidates"] == ["no", "green tea", "i like tea"] and "alternatives" not in second
 
 
 def test_bf16_gives_nearly_the_same(dialog_model, command, tmp_path: Path) -> None:
