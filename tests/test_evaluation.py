@@ -758,6 +758,7 @@ def test_table_names_the_published_figures(dialog_model, command, tmp_path: Path
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     arguments = ["--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"]
     table = command(*arguments, "--limit", 8).out
+    assert f"Evaluated: all 8 replies of {tmp_path / 'data.json'}, its split 'valid'." in table
     published = ("80.7", "16.28", "19.5", "> 79", "20.5", "16.5", "71.5")
     assert [figure for figure in published if figure not in table] == []
     assert all(re.search(f"(?i)ppl per {unit}", table) for unit in ("word", "token"))
