@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from cli import Decoding, UserError, first_line
+from conversation import Conversation
 from dialogs import Dialogs, check_message
-from generation import Conversation, PrefixCache, Reply
+from generation import PrefixCache, Reply
 from records import NO_JSON, dialog_of
 
 MAX_PERSONA = 50  # sentences

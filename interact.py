@@ -413,8 +413,8 @@ def main() -> None:
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
 
     # Heavy: after all that can be told to be wrong at once.
+    from conversation import Conversation
     from cpu import optimize_for_cpu_inference
-    from generation import Conversation
     from model import load_model
 
     model = load_model(files, tokenizer, device)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import generation
+import conversation
 from cli import Decoding
+from conversation import Conversation
 from generation import (
-    Conversation,
     DecodeState,
     Generation,
     draw,
@@ -314,12 +314,12 @@ def seen(monkeypatch) -> list[tuple[list[int], int]]:
     """The prefix tokens that each reply was generated for, and its longest length."""
     calls = []
 
-    class Watched(generation.Generation):
+    class Watched(Generation):
         def __init__(self, model, prefixes, decoding, *rest):
             calls.append((prefixes[0][0], decoding.max_length))
             super().__init__(model, prefixes, decoding, *rest)
 
-    monkeypatch.setattr(generation, "Generation", Watched)
+    monkeypatch.setattr(conversation, "Generation", Watched)
     return calls
 
 

@@ -15,8 +15,9 @@ import torch
 
 import interact
 from cli import Decoding, UserError, printable
+from conversation import Conversation
 from dialogs import MAX_MESSAGE, Dialogs, check_message, read_dataset
-from generation import Conversation, PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
+from generation import PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
 from helpers import run_python
 from inputs import build_prefix
 
