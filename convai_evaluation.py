@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import ignite.distributed as idist
 import msgspec
@@ -19,6 +20,7 @@ from cli import (
     DatasetSettings,
     Decoding,
     Parser,
+    UserError,
     join_processes,
     log,
     option,
@@ -28,6 +30,7 @@ from dialogs import Dialogs
 from files import find_finetuned_model
 from inputs import Batch, Instances, batches_by_length
 from metrics import Spelling, WordModel, distinct, gold_ranks, reply_columns
+from prompts import ChatInstances, ChatTemplate, read_instructions
 from report import (
     FINAL,
     LIKELIHOODS,
@@ -59,11 +62,20 @@ class EvaluationSettings(DatasetSettings):
         "rank by the head, by likelihood per token, or by their sum; default: mc where the head is trained, else lm",
         choices=RERANK,
     )
+    prompt: str = option(
+        "dialog", "what the model reads: rows as in training, or its own chat template's", choices=("dialog", "chat")
+    )
+    instructions: str = option("", "with --prompt chat: a text file for the system message, with {persona} in it")
     valid_batch_size: int = option(4, "utterances per forward pass", low=1)
     limit: int = option(0, "evaluate the first so many replies (0: all)", low=0)
     output: str = option("", "write every figure, with settings and versions, to this JSON file")
     compare: str = option("", "report of another model: show what differs, with standard errors")
     predictions: str = option("", "JSON lines file for replies, ranks and scores")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.instructions and self.prompt != "chat":
+            raise UserError("--instructions is for --prompt chat; give both, or neither")
 
 
 def parse_settings() -> tuple[EvaluationSettings, Decoding]:
@@ -211,17 +223,29 @@ def progress(name: str, loader: DataLoader) -> tqdm:
 
 
 def evaluate(
-    model, splits: dict[str, Split], tokenizer: DialogTokenizer, settings: EvaluationSettings, decoding: Decoding
+    model,
+    splits: dict[str, Split],
+    tokenizer: DialogTokenizer,
+    settings: EvaluationSettings,
+    decoding: Decoding,
+    template: ChatTemplate | None = None,
 ) -> Evaluation:
-    """Measure what was asked for of the first replies of the validation split."""
+    """Measure what was asked for of the first replies of the validation split.
+
+    Args:
+        template: of the prompts of a model that was not fine-tuned on dialogs. Its special tokens become the model's.
+    """
     split = splits["valid"].with_alternatives()
     size = min(len(split), settings.limit or len(split))
     wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
     results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
     words = WordModel(splits, tokenizer) if "ppl" in wanted else None
-    instances = Instances(
+    if template:
+        model.ids, model.untrained = template.ids(), tokenizer.added
+    make_instances = partial(ChatInstances, template=template) if template else Instances
+    instances = make_instances(
         split,
-        tokenizer.ids,
+        model.ids,
         settings.max_history,
         model.limit,
         num_candidates=0 if "hits@1" in wanted else 1,
@@ -255,10 +279,12 @@ def main() -> None:
     started = time.monotonic()
     for path in filter(None, (settings.output, settings.predictions)):
         write_text(path, "", "a")  # an hour later would be late to hear that it cannot be written
+    instructions = read_instructions(settings.instructions)
     training = settings.dataset_path or (None if settings.valid_path else "")  # None: no training data is needed
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_finetuned_model(settings.model)
         tokenizer = load_tokenizer(files, settings.pre_tokenizer)
+        template = ChatTemplate(tokenizer, instructions) if settings.prompt == "chat" else None
         dialogs = Dialogs(training, settings.valid_path, whole=True)
         splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
         size = len(splits["valid"])
@@ -271,11 +297,13 @@ def main() -> None:
     if settings.bf16:
         model.bfloat16()
     optimize_for_cpu_inference(model)
-    if not tokenizer.fine_tuned:
+    if not tokenizer.fine_tuned and not template:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
-    evaluation = evaluate(model, splits, tokenizer, settings, decoding)
+    evaluation = evaluate(model, splits, tokenizer, settings, decoding, template)
     if idist.get_rank() == 0:
         print_table(evaluation, evaluated)
+        if template:
+            print(f"The model read this through its chat template:\n\n{instructions}\n")
         if other:
             print_comparison(settings.compare, compare(evaluation.columns, other))
         for name, line in FINAL.items():
@@ -286,6 +314,7 @@ def main() -> None:
                 "evaluated": msgspec.to_builtins(evaluated),
                 "model": {"name": settings.model, "digest": weights_digest(files)},
                 "settings": asdict(settings) | asdict(decoding) | {"rank_by": evaluation.rank_by},
+                "instructions": template and instructions,
                 "seconds": round(time.monotonic() - started, 1),
             }
             write_report(settings.output, evaluation, about)

@@ -66,10 +66,13 @@ class DialogTokenizer:
             raise UserError("--pre_tokenizer is for openai-gpt's vocabulary only; leave it out for this model")
         else:
             self.pre_tokenizer = None
+        known, none = hf.get_vocab(), dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
+        self.own_special = none | hf.special_tokens_map  # those that the model's chat template was written with
         hf.add_special_tokens(SPECIAL_TOKENS)
         if self.pre_tokenizer == "spacy":
             self._use_words_as_they_are()
         ours = hf.convert_tokens_to_ids(["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"])
+        self.added = sorted(set(ours) - set(known.values()))  # a base model knows none of these
         self.ids = SpecialIds(*ours, all=frozenset([*ours, *hf.all_special_ids]))
 
     def _use_words_as_they_are(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convai_evaluation
 from cli import UserError
@@ -914,6 +914,82 @@ def test_other_right_labels_of_parlai_count(dialog_model, load, tmp_path: Path, 
     first, second = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert (first["gold"], first["alternatives"], first["rank"]) == ("i like tea", ["green tea"], 1)
     assert first["candidates"] == ["no", "green tea", "i like tea"] and "alternatives" not in second
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ bos_token }}" + CHATML
+
+
+@pytest.fixture
+def instruct_model(make_model, tmp_path: Path):
+    """`instruct_model(template)` is the folder of a tiny Llama with a chat template, as it was downloaded."""
+
+    def make(template: str) -> Path:
+        folder = make_model(tmp_path / "instruct", "llama", vocab_size=320)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM], ids=["system message", "no system message"])
+def test_an_instruct_model_as_it_is(template: str, instruct_model, command, tmp_path: Path) -> None:
+    """Perplexity and ranks are those of plain transformers on the text that its template gives."""
+    folder, report, lines = instruct_model(template), tmp_path / "report.json", tmp_path / "lines.jsonl"
+    (tmp_path / "words.txt").write_text("You are:\n{persona}")
+    valid = [dialog(["i bake .", "i sail ."], (["hi", "yes ?", "so <|im_end|>"], ["no", "i bake bread ."]))]
+    (tmp_path / "data.json").write_text(json.dumps({"train": TRAIN, "valid": valid}))
+    base = ["--model", folder, "--dataset_path", tmp_path / "data.json", "--eval_type", "all", "--prompt", "chat"]
+    base += ["--instructions", tmp_path / "words.txt", "--no_sample", "--max_length", 5]
+    written = command(*base, "--output", report, "--predictions", lines)
+    assert "You are:\n{persona}" in written.out and "not fine-tuned" not in written.err
+
+    said = [("user", "hi"), ("assistant", "yes ?"), ("user", "so <\u2060|im_end|>")]
+    persona = "You are:\ni bake .\ni sail ."
+    if template == CHATML:
+        said = [("system", persona), *said]
+    else:
+        said[0] = ("user", f"{persona}\n\nhi")
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+    tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    prefix = tokenizer(text + "<|im_start|>assistant\n")["input_ids"]
+    scores = []
+    for reply in ("no", "i bake bread ."):
+        ids = tokenizer(reply + "<|im_end|>")["input_ids"]
+        with torch.no_grad():
+            logits = plain(torch.tensor([prefix + ids])).logits[0, len(prefix) - 1 : -1]
+        scores.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).mean().item())
+    found, line = json.loads(report.read_text()), json.loads(lines.read_text())
+    assert line["scores"] == pytest.approx(scores, abs=1e-4)
+    assert found["figures"]["token_ppl"] == pytest.approx(math.exp(-scores[1]), rel=1e-4)
+    options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 1, "pad_token_id": 0}
+    ends = [tokenizer.eos_token_id, *tokenizer("<|im_end|>")["input_ids"]]
+    out = plain.generate(torch.tensor([prefix]), eos_token_id=ends, **options)[0, len(prefix) :]
+    assert line["reply"].split() == tokenizer.decode(out, skip_special_tokens=True).split()
+    assert found["instructions"] == "You are:\n{persona}" and found["settings"]["rank_by"] == "lm"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("gpt2", ["--prompt", "chat"], "has no chat template"),
+        ("gpt2", ["--instructions", "words.txt"], "--instructions is for --prompt chat"),
+        ("gpt2", ["--prompt", "chat", "--instructions", "none.txt"], "cannot read --instructions none.txt"),
+        ("gpt2", ["--prompt", "chat", "--instructions", "LICENCE"], "holds no {persona}"),
+    ],
+)
+def test_what_cannot_be_a_prompt(kind, arguments, said, dialog_model, command) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        command("--model", dialog_model(kind), "--dataset_path", "data/sample.json", *arguments)
 
 
 def test_bf16_gives_nearly_the_same(dialog_model, command, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from helpers import ROOT, run_python
 
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
-ROOMS = "cli files records formats dialogs utils inputs model cpu decoding generation conversation".split()
+ROOMS = "cli files records formats dialogs utils inputs prompts model cpu decoding generation conversation".split()
 ROOMS += "metrics report learner runs card".split()
 SCRIPTS = ["train", "interact", "convai_evaluation", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
