@@ -61,7 +61,7 @@ class ChatTemplate:
             text = self._render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}], False)
         except Exception as error:  # a template is a program of somebody else
             raise UserError(f"--prompt chat: the chat template fails: {first_line(error)}; leave it out") from error
-        end = self._ids(text.rpartition("REPLY")[2].strip())
+        end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))
         if not end:
             raise UserError("--prompt chat: the chat template does not end its replies; leave it out for this model")
         return end[0]
