@@ -281,11 +281,22 @@ class Decoding(Settings):
     """How a reply is drawn."""
 
     no_sample: bool = option(False, "greedy decoding: always the likeliest token")
+    num_beams: int = option(1, "above 1: beam search, of so many beams; nothing is drawn", 1, 64, slider=(1, 16, 1))
+    length_penalty: float = option(
+        1.0, "a beam's log-likelihood is divided by length to this power", low=-10.0, high=10.0, slider=(-1, 2, 0.1)
+    )
     max_length: int = option(20, "longest reply, in tokens", low=1, slider=(1, 200, 1))
     min_length: int = option(1, "shortest reply, in tokens", low=0)
     temperature: float = option(0.7, "below 1 sharpens, above 1 flattens", low=1e-6, slider=(0.05, 2, 0.05))
     top_k: int = option(0, "sample among the k likeliest tokens (<= 0: off)", slider=(0, 200, 1))
     top_p: float = option(0.9, "sample in the nucleus of this probability (<= 0: off)", high=1.0, slider=(0, 1, 0.01))
+    min_p: float = option(
+        0.0,
+        "drop tokens less likely than this share of the likeliest (0: off)",
+        low=0.0,
+        high=1.0,
+        slider=(0, 0.5, 0.01),
+    )
     n_replies: int = option(1, "draw this many replies and give the best", low=1, high=64, slider=(1, 16, 1))
     rerank: str = option("both", "best by the head, by likelihood per token, or by their sum", choices=RERANK)
     no_repeat_ngram: int = option(0, "never repeat so many tokens of what was said (0: off)", low=0, slider=(0, 8, 1))
@@ -295,7 +306,13 @@ class Decoding(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.no_sample and self.n_replies > 1:
+        if self.num_beams > 1:
+            if self.n_replies > self.num_beams:
+                raise UserError(
+                    f"n_replies {self.n_replies} with num_beams {self.num_beams}: a beam search ends with a reply for "
+                    "each beam; lower the one or raise the other"
+                )
+        elif self.no_sample and self.n_replies > 1:
             raise UserError(f"n_replies {self.n_replies} with no_sample would be the same reply each time; drop one")
 
 

@@ -1,13 +1,12 @@
 """Evaluate a model as the ConvAI2 competition did: Hits@1, word perplexity and F1, without ParlAI."""
 
-import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import partial
 
 import ignite.distributed as idist
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,20 +15,39 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import RERANK, DatasetSettings, Decoding, Parser, UserError, join_processes, log, option, run_script
+from cli import (
+    RERANK,
+    DatasetSettings,
+    Decoding,
+    Parser,
+    UserError,
+    join_processes,
+    log,
+    option,
+    run_script,
+)
 from dialogs import Dialogs
-from files import typed_path
 from inputs import Batch, Instances, batches_by_length, sentences_inside
-from metrics import Spelling, WordModel, perplexity, ranking_figures, reply_figures
+from metrics import Spelling, WordModel, distinct, gold_ranks, reply_columns
 from model_files import find_finetuned_model
+from prompts import ChatInstances, ChatTemplate, read_instructions
+from report import (
+    FINAL,
+    LIKELIHOODS,
+    Evaluated,
+    Evaluation,
+    Results,
+    compare,
+    print_comparison,
+    print_table,
+    read_report,
+    weights_digest,
+    write_predictions,
+    write_report,
+    write_text,
+)
 from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
 
-# Published figures, for context: (Hits@1 in %, PPL per word by the original toolkit's table, F1 in %).
-ANCHORS = {
-    "TransferTransfo, hidden test set (competition leaderboard)": ("80.7", "16.28", "19.5"),
-    "original README, validation set": ("> 79", "20.5", "16.5"),
-    "published checkpoint, validation set": ("71.5", "-", "-"),
-}
 LOGITS = 2**25  # at a time, 128 MB: with a vocabulary of 260,000, those of a hundred candidates come to 1 GB
 GENERATION_BATCH = 8  # a generated row has one continuation where a scored one has twenty: it takes more of them
 
@@ -44,10 +62,20 @@ class EvaluationSettings(DatasetSettings):
         "rank by the head, by likelihood per token, or by their sum; default: mc where the head is trained, else lm",
         choices=RERANK,
     )
+    prompt: str = option(
+        "dialog", "what the model reads: rows as in training, or its own chat template's", choices=("dialog", "chat")
+    )
+    instructions: str = option("", "with --prompt chat: a text file for the system message, with {persona} in it")
     valid_batch_size: int = option(4, "utterances per forward pass", low=1)
     limit: int = option(0, "evaluate the first so many replies (0: all)", low=0)
     output: str = option("", "write every figure, with settings and versions, to this JSON file")
+    compare: str = option("", "report of another model: show what differs, with standard errors")
     predictions: str = option("", "JSON lines file for replies, ranks and scores")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.instructions and self.prompt != "chat":
+            raise UserError("--instructions is for --prompt chat; give both, or neither")
 
 
 def parse_settings() -> tuple[EvaluationSettings, Decoding]:
@@ -58,24 +86,6 @@ def parse_settings() -> tuple[EvaluationSettings, Decoding]:
 # ------------------------------------------------------------------------------------------------------------
 # Passes over the split. Each rank fills the rows of its utterances; a sum over ranks completes them.
 # ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Results:
-    """What was measured of each of U utterances; zero where another rank measured it."""
-
-    scores: np.ndarray  # (U, N) by which candidates are ranked
-    nll: np.ndarray  # (U,) of the gold reply's tokens and <eos>, summed
-    tokens: np.ndarray  # (U,)
-    word_nll: np.ndarray  # (U,) of the gold reply's words, summed
-    original_word_nll: np.ndarray  # (U,) of the same words by the original toolkit's table
-    words: np.ndarray  # (U,)
-    replies: np.ndarray  # (U, max_length) generated tokens + 1; 0 after a reply's end
-
-    @classmethod
-    def empty(cls, utterances: int, candidates: int, max_length: int) -> "Results":
-        columns = [np.zeros(utterances) for _ in range(5)]
-        return cls(np.zeros((utterances, candidates)), *columns, np.zeros((utterances, max_length), np.int64))
 
 
 def join_ranks(results: Results, device: torch.device) -> Results:
@@ -212,29 +222,30 @@ def progress(name: str, loader: DataLoader) -> tqdm:
     return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
 
 
-@dataclass
-class Evaluation:
-    """Every figure that was asked for, and what it was made of."""
-
-    figures: dict[str, float]
-    results: Results
-    rank_by: str
-    ranks: list[int]  # of the gold replies; empty where candidates were not ranked
-    replies: list[str]  # empty where none were generated
-
-
 def evaluate(
-    model, splits: dict[str, Split], tokenizer: DialogTokenizer, settings: EvaluationSettings, decoding: Decoding
+    model,
+    splits: dict[str, Split],
+    tokenizer: DialogTokenizer,
+    settings: EvaluationSettings,
+    decoding: Decoding,
+    template: ChatTemplate | None = None,
 ) -> Evaluation:
-    """Measure what was asked for of the first replies of the validation split."""
-    split = splits["valid"]
+    """Measure what was asked for of the first replies of the validation split.
+
+    Args:
+        template: of the prompts of a model that was not fine-tuned on dialogs. Its special tokens become the model's.
+    """
+    split = splits["valid"].with_alternatives()
     size = min(len(split), settings.limit or len(split))
     wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
     results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
     words = WordModel(splits, tokenizer) if "ppl" in wanted else None
-    instances = Instances(
+    if template:
+        model.ids, model.untrained = template.ids(), tokenizer.added
+    make_instances = partial(ChatInstances, template=template) if template else Instances
+    instances = make_instances(
         split,
-        tokenizer.ids,
+        model.ids,
         settings.max_history,
         model.limit,
         num_candidates=0 if "hits@1" in wanted else 1,
@@ -249,127 +260,18 @@ def evaluate(
         generate_all(model, instances, decoding, settings.seed, settings.valid_batch_size, results)
     results = join_ranks(results, model.device)
 
-    figures, ranks, replies = {"utterances": size}, [], []
+    columns, counts, replies = {}, {"utterances": size}, []
     if "hits@1" in wanted:
-        hits, ranks = ranking_figures(results.scores, split)
-        figures |= hits
+        columns["rank"] = gold_ranks(results.scores, split) + 1
     if words:
-        figures |= {
-            "word_ppl": perplexity(results.word_nll, results.words),
-            "original_word_ppl": perplexity(results.original_word_nll, results.words),
-            "token_ppl": perplexity(results.nll, results.tokens),
-            "words": int(results.words.sum()),
-            "tokens": int(results.tokens.sum()),
-            "dictionary": len(words.words),
-        }
+        columns |= {name: getattr(results, name) for name in LIKELIHOODS}
+        counts |= {"words": int(results.words.sum()), "tokens": int(results.tokens.sum())}
+        counts["dictionary"] = len(words.words)
     if "f1" in wanted:
         replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
-        figures |= reply_figures(replies, split)
-    return Evaluation(figures, results, rank_by, ranks, replies)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The report
-# ------------------------------------------------------------------------------------------------------------
-
-NAMES = {
-    "hits@1": "Hits@1",
-    "hits@5": "Hits@5",
-    "hits@10": "Hits@10",
-    "original_word_ppl": "PPL per word, original toolkit's table",
-    "word_ppl": "PPL per word, the reply's own tokens",
-    "token_ppl": "PPL per token",
-    "f1": "F1",
-    "mean_length": "words per reply",
-    "distinct_1": "distinct words",
-    "distinct_2": "distinct word pairs",
-    "questions": "questions",
-    "repeats_utterance": "repeat an utterance",
-    "repeats_history_3gram": "repeat a 3-gram of the history",
-    "repeats_persona": "repeat a persona sentence",
-}
-
-
-RANKED_BY = {
-    "mc": "the multiple-choice head",
-    "lm": "likelihood per token",
-    "both": "the sum of the multiple-choice head's score and the log-likelihood per token",
-}
-
-
-def print_table(figures: dict[str, float], rank_by: str) -> None:
-    """This model's figures beside the published ones."""
-    width = max(map(len, NAMES.values()))
-    columns = {"hits@1": 0, "original_word_ppl": 1, "f1": 2}
-    print(f"\n{'metric':{width}}  this model   " + "  ".join(f"({i})" for i in range(1, len(ANCHORS) + 1)))
-    for key in [key for key in NAMES if key in figures]:
-        value, anchors = figures[key], [""] * len(ANCHORS)
-        if key in columns:
-            anchors = [published[columns[key]] for published in ANCHORS.values()]
-        percent = key not in ("original_word_ppl", "word_ppl", "token_ppl", "mean_length")
-        shown = f"{100 * value:9.1f} %" if percent else f"{value:9.2f}  "
-        print(f"{NAMES[key]:{width}}  {shown}  " + " ".join(f"{anchor:>5}" for anchor in anchors))
-    for i, name in enumerate(ANCHORS, 1):
-        print(f"({i}) {name}")
-    if "hits@1" in figures:
-        print(f"Candidates were ranked by {RANKED_BY[rank_by]}.")
-    print()
-
-
-def write_report(path: str, figures: dict[str, float], settings: dict, seconds: float) -> None:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
-    known = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no nan
-    report = {"figures": known, "settings": settings, "versions": versions, "seconds": round(seconds, 1)}
-    write_text(path, json.dumps(report, indent=2) + "\n")
-
-
-def write_predictions(path: str, split: Split, evaluation: Evaluation) -> None:
-    lines = []
-    for utterance in range(evaluation.figures["utterances"]):
-        line = {
-            "persona": split.persona_texts(utterance),
-            "history": split.history_texts(utterance),
-            "gold": split.gold_text(utterance),
-        }
-        if evaluation.replies:
-            line["reply"] = evaluation.replies[utterance]
-        if evaluation.ranks:
-            candidates = split.candidate_texts(utterance)
-            scores = evaluation.results.scores[utterance, : len(candidates)].tolist()
-            line |= {"rank": evaluation.ranks[utterance] + 1, "candidates": candidates, "scores": scores}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def write_text(path: str, text: str, mode: str = "w") -> None:
-    try:
-        with open(typed_path(path), mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error
-
-
-def report(
-    evaluation: Evaluation, split: Split, settings: EvaluationSettings, decoding: Decoding, seconds: float
-) -> None:
-    """The table, the FINAL lines, and the files that were asked for."""
-    figures = evaluation.figures
-    print_table(figures, evaluation.rank_by)
-    if "hits@1" in figures:
-        print(f"FINAL Hits@1: {figures['hits@1']:.3f}")
-    if "original_word_ppl" in figures:
-        print(f"FINAL PPL: {figures['original_word_ppl']:.1f}")
-    if "f1" in figures:
-        print(f"FINAL F1: {figures['f1']:.3f}")
-    if settings.output:
-        settings_used = asdict(settings) | asdict(decoding) | {"rank_by": evaluation.rank_by}
-        write_report(settings.output, figures, settings_used, seconds)
-    if settings.predictions:
-        write_predictions(settings.predictions, split, evaluation)
+        columns |= reply_columns(replies, split)
+        counts |= {f"distinct_{n}": distinct(replies, n) for n in (1, 2)}
+    return Evaluation(split, rank_by, results, columns, counts, replies)
 
 
 def main() -> None:
@@ -378,13 +280,18 @@ def main() -> None:
     started = time.monotonic()
     for path in filter(None, (settings.output, settings.predictions)):
         write_text(path, "", "a")  # an hour later would be late to hear that it cannot be written
+    instructions = read_instructions(settings.instructions)
     training = settings.dataset_path or (None if settings.valid_path else "")  # None: no training data is needed
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         files = find_finetuned_model(settings.model)
         tokenizer = load_tokenizer(files, settings.pre_tokenizer)
         settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
+        template = ChatTemplate(tokenizer, instructions) if settings.prompt == "chat" else None
         dialogs = Dialogs(training, settings.valid_path, whole=True)
         splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
+        size = len(splits["valid"])
+        evaluated = Evaluated(*dialogs.valid_source, list(dialogs.digest), min(size, settings.limit or size), size)
+        other = read_report(settings.compare, evaluated) if settings.compare else None
         from cpu import optimize_for_cpu_inference
         from model import load_model
 
@@ -392,11 +299,29 @@ def main() -> None:
     if settings.bf16:
         model.bfloat16()
     optimize_for_cpu_inference(model)
-    if not tokenizer.fine_tuned:
+    if not tokenizer.fine_tuned and not template:
         log.warning("warning: this model was not fine-tuned on dialogs; train it with train.py")
-    evaluation = evaluate(model, splits, tokenizer, settings, decoding)
+    evaluation = evaluate(model, splits, tokenizer, settings, decoding, template)
     if idist.get_rank() == 0:
-        report(evaluation, splits["valid"], settings, decoding, time.monotonic() - started)
+        print_table(evaluation, evaluated)
+        if template:
+            print(f"The model read this through its chat template:\n\n{instructions}\n")
+        if other:
+            print_comparison(settings.compare, compare(evaluation.columns, other))
+        for name, line in FINAL.items():
+            if name in evaluation.figures:
+                print(line.format(evaluation.figures[name]))
+        if settings.output:
+            about = {
+                "evaluated": msgspec.to_builtins(evaluated),
+                "model": {"name": settings.model, "digest": weights_digest(files)},
+                "settings": asdict(settings) | asdict(decoding) | {"rank_by": evaluation.rank_by},
+                "instructions": template and instructions,
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            write_report(settings.output, evaluation, about)
+        if settings.predictions:
+            write_predictions(settings.predictions, evaluation)
     if dist.is_initialized():
         dist.destroy_process_group()
 

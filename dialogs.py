@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -145,9 +146,9 @@ def read_dataset(name: str) -> Splits:
             forget(path)  # maybe a page of the network that asks to log in
             raise
         for key, dialogs in splits.items():
-            found.setdefault(split or key, []).append(dialogs)
+            found.setdefault(split or key, []).append(replace(dialogs, split=split_in(str(path))) if split else dialogs)
     return {
-        split: several[0] if len(several) == 1 else Lazy(partial(chain.from_iterable, several))
+        split: several[0] if len(several) == 1 else Lazy(partial(chain.from_iterable, several), several[0].split)
         for split, several in found.items()
     }
 
@@ -195,6 +196,21 @@ class Dialogs:
         if valid is not None:
             return {"train": train, "valid": valid}
         return {"train": [], "valid": train} if self.whole else hold_out(list(train), self.name)
+
+    @property
+    def valid_source(self) -> tuple[str, str]:
+        """The name of the dataset that the validation dialogs are of, and its split that they are.
+
+        The split is called as the file calls it; it is "all" where a file has none, and "held out" where `hold_out`
+        made it.
+        """
+        given = read_dataset(self.valid_path or self.dataset_path or "")
+        name = self.valid_path or self.name
+        if "valid" not in given and not self.valid_path and not self.whole:
+            return name, "held out"
+        order = ("valid", "all", "train") if self.valid_path else ("valid", "train", "all")
+        split = next(split for split in order if split in given)
+        return name, given[split].split or split
 
     @cached_property
     def personas(self) -> list[list[str]]:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from cli import LARGEST, Decoding, UserError, first_line, log
+from conversation import Conversation
 from dialogs import MAX_MESSAGE, Dialogs, check_message
 from formats import decode
-from generation import Conversation, Generation, PrefixCache, Reply
+from generation import Generation, PrefixCache, Reply
 from inputs import utterances_shown
 from records import NO_JSON, split_sentences
 

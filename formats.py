@@ -6,7 +6,7 @@ import io
 import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Lazy:
     """Dialogs that are parsed anew in every loop over them: a large file never stands in memory as Python objects."""
 
     parse: Callable[[], Iterator[Dialog]]
+    split: str = ""  # as the file calls it
 
     def __iter__(self) -> Iterator[Dialog]:
         return self.parse()
@@ -149,7 +150,7 @@ def read_json(path: Path, data: Content) -> Splits:
     lists = {}
     for split, key in splits.items():
         with explain_errors(f"{path}, $.{key}", FORMATS, *NO_JSON):
-            lists[split] = list_at(f"$.{key}", decode(found[key], list[msgspec.Raw]))
+            lists[split] = replace(list_at(f"$.{key}", decode(found[key], list[msgspec.Raw])), split=key)
     return lists
 
 

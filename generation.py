@@ -1,151 +1,20 @@
-"""How a reply is drawn: prefill, decode, sample, rank; and a conversation of replies. Ids in, ids out.
+"""How replies are made: prefill, decode a token at a time, score. Ids in, ids out.
 
 Shapes: R rows (a reply each), T new tokens, S columns that are attended to, D hidden size, V vocabulary.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from itertools import dropwhile
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from cli import Decoding
-from inputs import build_prefix, truncate, utterances_shown
+from decoding import Beams, Reply, Row, Token, extend_beams, extend_rows, rank_replies
 from model import DialogModel
-from utils import DialogTokenizer
-
-# ------------------------------------------------------------------------------------------------------------
-# Replies
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply as far as it is drawn. It never changes: a longer one is another object."""
-
-    tokens: list[int] = field(default_factory=list)
-    complete: bool = False  # it ended with a special token, not at its longest length
-    log_likelihood: float = 0.0  # summed over its tokens and that special one; of the model, not of the sampler
-    mc_score: float | None = None  # the multiple-choice head's; None until the reply is scored
-
-    @property
-    def token_log_likelihood(self) -> float:
-        """The log-likelihood per token."""
-        return self.log_likelihood / max(len(self.tokens) + self.complete, 1)
-
-    def can_grow(self, decoding: Decoding) -> bool:
-        return not self.complete and len(self.tokens) < decoding.max_length
-
-    def extended(self, token: int, log_likelihood: float, special: frozenset[int]) -> "Reply":
-        """With one more token. A special one ends the reply, and a reply that has ended stays as it is."""
-        if self.complete:
-            return self
-        ends = token in special
-        tokens = self.tokens if ends else [*self.tokens, token]
-        return replace(self, tokens=tokens, complete=ends, log_likelihood=self.log_likelihood + log_likelihood)
-
-
-def rank_replies(replies: list[Reply], rerank: str) -> list[Reply]:
-    """The best first: by the multiple-choice head (ties by likelihood), by likelihood per token, or by their sum."""
-    keys = {
-        "mc": lambda reply: (reply.mc_score, reply.token_log_likelihood),
-        "lm": lambda reply: reply.token_log_likelihood,
-        # A score ranks like its log-softmax, which subtracts the same from each.
-        "both": lambda reply: reply.mc_score + reply.token_log_likelihood,
-    }
-    return sorted(replies, key=keys[rerank], reverse=True)
-
-
-Token = tuple[int, int]  # its id, and its token type (the id of its speaker)
-
-
-@dataclass
-class Row:
-    """A reply in the making, and what is its own: the rows of a batch do not depend on each other."""
-
-    prefix: list[Token]
-    generator: torch.Generator
-    reply: Reply = field(default_factory=Reply)
-
-    def history(self) -> list[int]:
-        """The prefix without its persona: from the first speaker token on, which is its own token type."""
-        return [token for token, _ in dropwhile(lambda token: token[0] != token[1], self.prefix)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sampling
-# ------------------------------------------------------------------------------------------------------------
-
-NUCLEUS_SIZES = 64, 1024  # tokens: so many of the likeliest are sorted before the whole vocabulary is
-
-
-def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, section 3.1). (R, V) -> (R, V)
-
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p; it is never empty.
-    """
-    logits = logits / decoding.temperature
-    if decoding.top_k > 0:
-        least = logits.topk(min(decoding.top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = logits.softmax(-1)
-    if 0 < decoding.top_p < 1:
-        # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
-        for size in (*NUCLEUS_SIZES, probabilities.shape[-1]):
-            ordered, order = probabilities.topk(min(size, probabilities.shape[-1]))
-            if bool((ordered.sum(-1) >= decoding.top_p).all()):
-                break
-        likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        nucleus = ordered.masked_fill(likelier >= max(decoding.top_p, 1e-6), 0)  # float32 rounds less than that to 0
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, nucleus)
-    return probabilities / probabilities.sum(-1, keepdim=True)
-
-
-def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token for each row (R, V) -> (R,), by inverting the cumulative distribution.
-
-    torch.multinomial draws all rows with one generator, so that a reply would depend on the others in its batch. Here
-    every row has its own, which is on the CPU whatever the device.
-    """
-    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probabilities)
-    cumulative = probabilities.cumsum(-1)
-    point = uniform[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]  # below the total, however it is rounded
-    return torch.searchsorted(cumulative, point, right=True)[:, 0]
-
-
-def repeating(history: list[int], reply: list[int], n: int) -> set[int]:
-    """The tokens that would end a sequence of `n` tokens which the history or the reply already holds."""
-    if len(reply) < n - 1:  # the sequence would begin before the reply
-        return set()
-    tokens, tail = [*history, *reply], reply[len(reply) - n + 1 :]
-    return {tokens[i] for i in range(n - 1, len(tokens)) if tokens[i - n + 1 : i] == tail}
-
-
-def apply_penalties(logits: Tensor, row: Row, decoding: Decoding, special: frozenset[int]) -> None:
-    """Change one row's logits (V,) in place: what is repeated becomes less likely or impossible, an early end too."""
-    tokens = row.reply.tokens
-    if decoding.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1
-        used = torch.tensor(sorted({*row.history(), *tokens} - special), device=logits.device).long()
-        logits[used] *= decoding.repetition_penalty ** -logits[used].sign()
-    if decoding.no_repeat_ngram:
-        logits[list(repeating(row.history(), tokens, decoding.no_repeat_ngram))] = float("-inf")
-    if len(tokens) < decoding.min_length:
-        logits[sorted(special)] = float("-inf")
-
-
-def sample(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozenset[int]) -> Tensor:
-    """The next token of every row (R, V) -> (R,). special: the tokens that end a reply."""
-    logits = logits.clone()
-    for row, row_logits in zip(rows, logits, strict=True):
-        apply_penalties(row_logits, row, decoding, special)
-    if decoding.no_sample:
-        return logits.argmax(-1)
-    return draw(filtered_probabilities(logits, decoding), [row.generator for row in rows])
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Key-value cache
@@ -235,11 +104,24 @@ class DecodeState:
     def prefill(self, rows: list[list[Token]], copies: int) -> Tensor:
         """Compute the first tokens and make `copies` rows of each; the hidden state of each row's last token (R, D)."""
         hidden = self.extend_to(rows)
+        self.prefix_columns = self.width
         if copies > 1:
             repeated = [row for row in range(len(rows)) for _ in range(copies)]
-            self.cache = new_cache(cached_layers(self.cache, repeated, self.width), self.real.shape[1])
-            self.real, hidden = self.real[repeated], hidden[repeated]
+            self.rewind(repeated)
+            hidden = hidden[repeated]
         return hidden
+
+    def rewind(self, rows: list[int]) -> None:
+        """Take these rows in the place of all, as they were after `prefill`."""
+        self.cache = new_cache(cached_layers(self.cache, rows, self.prefix_columns), self.real.shape[1])
+        self.real = self.real[rows]
+        self.real[:, self.prefix_columns :] = False
+
+    def reorder(self, rows: list[int]) -> None:
+        """Let each row go on from the row given for it, whose prefix is the same: that is not copied."""
+        new = slice(self.prefix_columns, self.width)
+        for layer in self.cache.layers:
+            layer.keys[:, :, new], layer.values[:, :, new] = layer.keys[rows, :, new], layer.values[rows, :, new]
 
     def extend_to(self, rows: list[list[Token]]) -> Tensor:
         """Compute the tokens that are new in each row; the hidden state of its last new one, if it has any (R, D)."""
@@ -283,7 +165,7 @@ class Generation:
 
     Iterating draws one token of every reply at a time and yields the replies so far: for each prefix a list of
     `n_replies`. A reply ends before its first special token, or after `max_length` tokens. Iterating may stop at any
-    token and go on later; `finish` ends it.
+    token and go on later; `finish` ends it. In a beam search the replies so far are what all beams agree on.
 
     Args:
         generators: one for each prefix.
@@ -304,8 +186,9 @@ class Generation:
         self.rows = [
             Row(list(zip(*prefix, strict=True)), generator)
             for prefix, generator in zip(prefixes, generators, strict=True)
-            for _ in range(decoding.n_replies)
+            for _ in range(max(decoding.n_replies, decoding.num_beams))
         ]
+        self.beams = [Beams(decoding) for _ in prefixes] if decoding.num_beams > 1 else []  # until the search ends
         self.state: DecodeState | None = None
         self.ranked: list[list[Reply]] | None = None
 
@@ -313,23 +196,46 @@ class Generation:
     def replies(self) -> list[list[Reply]]:
         """The replies to each prefix as far as they are drawn, in the order of their rows."""
         replies, n = [row.reply for row in self.rows], self.decoding.n_replies
+        if self.beams:
+            return [[beams.agreed()] * n for beams in self.beams]
         return [replies[i : i + n] for i in range(0, len(replies), n)]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[Reply]]]:
         special = self.model.ids.all
-        while self.ranked is None and any(row.reply.can_grow(self.decoding) for row in self.rows):
+        while self.ranked is None and self._goes_on():
             logits = self.model.lm_logits(self._hidden()).float()  # (R, V)
-            tokens = sample(logits, self.rows, self.decoding, special)
-            log_likelihoods = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-            for row, token, log_likelihood in zip(self.rows, tokens.tolist(), log_likelihoods.tolist(), strict=True):
-                row.reply = row.reply.extended(token, log_likelihood, special)
+            if self.beams:
+                parents = extend_beams(logits, self.rows, self.beams, special)
+                if self.state is not None:
+                    self.state.reorder(parents)
+            else:
+                extend_rows(logits, self.rows, self.decoding, special)
             yield self.replies
+        self._end_search()
+
+    def _goes_on(self) -> bool:
+        if self.beams:
+            return any(beams.goes_on for beams in self.beams)
+        return any(row.reply.can_grow(self.decoding) for row in self.rows)
+
+    def _end_search(self) -> None:
+        """Put the best replies of each prefix in the place of the beams."""
+        if self.beams:
+            size, n = self.decoding.num_beams, self.decoding.n_replies
+            for first, beams in zip(range(0, len(self.rows), size), self.beams, strict=True):
+                for row, reply in zip(self.rows[first : first + n], beams.best(n), strict=True):
+                    row.reply = reply
+            kept = [row for row in range(len(self.rows)) if row % size < n]
+            self.rows, self.beams = [self.rows[row] for row in kept], []
+            if self.state is not None:
+                self.state.rewind(kept)
 
     @torch.inference_mode()
     def finish(self) -> list[list[Reply]]:
         """End the generation here: the replies to each prefix, scored by both heads, best first."""
         if self.ranked is None:
+            self._end_search()
             # The head reads the hidden state at a reply's <eos>. Here all of them are computed, in one pass.
             scores = self.model.lm.multiple_choice_head(self._hidden(self.model.ids.eos))[:, 0]
             for row, score in zip(self.rows, scores.tolist(), strict=True):
@@ -348,7 +254,7 @@ class Generation:
             return last_hidden(self.model, rows)
         if self.state is not None:
             return self.state.extend_to(rows)
-        copies, columns = self.decoding.n_replies, max(map(len, rows)) + self.decoding.max_length + 1  # with <eos>
+        copies, columns = len(rows) // len(self.prefixes), max(map(len, rows)) + self.decoding.max_length + 1  # <eos>
         layers = self.prefix_cache.longest_match(rows[0]) if self.prefix_cache else ()
         self.state = DecodeState(self.model, len(self.prefixes), columns, layers)
         return self.state.prefill(rows[::copies], copies)
@@ -371,128 +277,3 @@ def generate_replies(
     # With one reply there is nothing to choose, so no need for its scores.
     ranked = generation.replies if decoding.n_replies == 1 else generation.finish()
     return [replies[0].tokens for replies in ranked]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Conversations
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Turn:
-    text: str | None  # of the other person; None where the bot spoke first
-    reply: str
-    ids: list[list[int]]  # token ids of both, as the model sees them
-    candidates: list[tuple[str, Reply]] = field(default_factory=list)  # distinct replies, best first, the given one too
-
-
-def token_counts(persona: list[list[int]], history: list[list[int]]) -> dict[str, int]:
-    """Tokens of each part of a prefix, in the order in which they are truncated."""
-    *earlier, message = history or [[]]
-    return {
-        "the earlier messages": sum(map(len, earlier)),
-        "the persona": sum(map(len, persona)),
-        "the message": len(message),
-    }
-
-
-class Conversation:
-    """A persona and its turns; what a terminal and a browser share.
-
-    Args:
-        persona: sentences, as text.
-        max_history: exchanges that the model sees.
-        seed: of the replies.
-        prefix_cache: prefixes computed before, where conversations share them.
-    """
-
-    def __init__(
-        self,
-        model: DialogModel,
-        tokenizer: DialogTokenizer,
-        persona: list[str],
-        decoding: Decoding,
-        max_history: int,
-        seed: int,
-        prefix_cache: PrefixCache | None = None,
-    ):
-        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
-        self.persona = persona
-        self.n_history = utterances_shown(max_history)
-        self.turns: list[Turn] = []
-        self.generator = torch.Generator().manual_seed(seed)
-        self.prefix_cache = prefix_cache or PrefixCache()
-        self.truncated: dict[str, tuple[int, int]] = {}  # what of the last prefix did not fit: tokens left out, of all
-
-    @property
-    def truncation(self) -> str:
-        """What of the last prefix did not fit the model, in words; "" where all of it did."""
-        parts = [f"{left_out} of the {size} tokens of {name}" for name, (left_out, size) in self.truncated.items()]
-        return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}" if parts else ""
-
-    @property
-    def history(self) -> list[str]:
-        """All utterances, oldest first."""
-        return [message["content"] for message in self.record()["messages"]]
-
-    def record(self) -> dict:
-        """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
-        messages = [
-            {"role": role, "content": text}
-            for turn in self.turns
-            for role, text in (("user", turn.text), ("assistant", turn.reply))
-            if text is not None
-        ]
-        return {"personality": self.persona, "messages": messages}
-
-    def resume(self, history: list[str]) -> None:
-        """Put an earlier conversation, whose last utterance is the bot's, in the place of this one."""
-        texts = [None, *history] if len(history) % 2 else history
-        self.turns = [
-            Turn(text, reply, self.tokenizer.encode([reply] if text is None else [text, reply]))
-            for text, reply in zip(texts[::2], texts[1::2], strict=True)
-        ]
-
-    def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
-        """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
-        history = [ids for turn in self.turns for ids in turn.ids] + [message]
-        # At most half of what the model takes: the rest is for what is replied to.
-        longest = min(self.decoding.max_length, self.model.limit // 2)
-        persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
-        whole = token_counts(persona, history[-self.n_history :]) | {"the beginning of the reply": len(begun)}
-        begun = begun[-self.model.limit // 4 :]
-        size = len(begun) + longest
-        persona, history, size = truncate(persona, history[-self.n_history :], size, self.model.limit)
-        fitting = token_counts(persona, history) | {"the beginning of the reply": len(begun)}
-        self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
-        tokens, types = build_prefix(persona, history, self.model.ids)
-        prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)
-        decoding = replace(self.decoding, max_length=max(size - len(begun), 1))
-        return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
-
-    def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Say `text`; yields the bot's reply piece by piece, and remembers the turn once it is whole.
-
-        There is a (maybe empty) piece for every token. After each, `stopped` is asked whether the reply ends here;
-        one that is stopped before its first word is no turn. The best of several replies is known, and yielded, only
-        at the end.
-        """
-        (message,) = self.tokenizer.encode([text])
-        generation, shown = self.generation(message), ""
-        for (replies,) in generation:
-            start = self.tokenizer.decode_start(replies[0].tokens) if len(replies) == 1 else ""
-            yield start[len(shown) :]
-            shown = start
-            if stopped():
-                break
-        candidates: dict[str, Reply] = {}
-        for candidate in generation.finish()[0]:
-            candidates.setdefault(self.tokenizer.decode(candidate.tokens), candidate)
-        reply, best = next(iter(candidates.items()))
-        if reply or not stopped():
-            self.turns.append(Turn(text, reply, [message, best.tokens], list(candidates.items())))
-        yield reply[len(shown) :]
-
-    def reply(self, text: str) -> str:
-        """Say `text`; the bot's reply."""
-        return "".join(self.stream(text))

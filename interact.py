@@ -371,8 +371,8 @@ def main() -> None:
     settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
 
     # Heavy: after all that can be told to be wrong at once.
+    from conversation import Conversation
     from cpu import optimize_for_cpu_inference
-    from generation import Conversation
     from model import load_model
 
     model = load_model(files, tokenizer, device)

@@ -1,13 +1,14 @@
 """What ConvAI2 measures, as its own scripts compute it: F1, Hits@k and perplexity per word.
 
 Those scripts stood in ParlAI (projects/convai2) until June 2020; nothing of it is needed here. This room sees texts,
-scores and logits, and no model.
+scores and logits, and no model. U: utterances.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -36,23 +37,22 @@ def f1(reply: str, gold: str) -> float:
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
-def gold_rank(scores: np.ndarray, texts: list[str]) -> int:
-    """The rank of the gold reply among the candidates, of which it is the last; 0 is the best.
+def gold_rank(scores: np.ndarray, texts: list[str], right: list[str]) -> int:
+    """The rank of the first right reply among the candidates, of which the gold one is the last; 0 is the best.
 
-    ParlAI sorts candidates by score, and looks for the first one with the gold reply's normalised text. Equal scores
-    keep the order of the candidates, so a tie counts against the gold reply.
+    ParlAI sorts candidates by score, and looks for the first one with the normalised text of any right reply. Equal
+    scores keep the order of the candidates, so a tie counts against the gold reply.
     """
-    texts = [normalize(text) for text in texts]
+    wanted = set(map(normalize, right))
     order = np.argsort(-scores, kind="stable")
-    return next(rank for rank, candidate in enumerate(order) if texts[candidate] == texts[-1])
+    return next(rank for rank, candidate in enumerate(order) if normalize(texts[candidate]) in wanted)
 
 
-def ranking_figures(scores: np.ndarray, split: Split) -> tuple[dict[str, float], list[int]]:
-    """Hits@k, and each gold reply's rank.
+def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
+    """The ranks (U,) of the right replies of a split's first U utterances, from the scores (U, N) of their candidates.
 
-    Args:
-        scores: (U, N) of the candidates of the first U utterances. Where candidates have the same tokens, they get
-            the first one's score: what differs is rounding, which depends on a candidate's place in its row.
+    Candidates of the same tokens get the first one's score: what differs is rounding, which depends on a candidate's
+    place in its row, and is coarse in bf16.
     """
     ranks = []
     for utterance, row in enumerate(scores):
@@ -60,8 +60,8 @@ def ranking_figures(scores: np.ndarray, split: Split) -> tuple[dict[str, float],
         for n, candidate in enumerate(split.candidates[utterance]):
             row[n] = row[first_with.setdefault(tuple(split.ids(candidate)), n)]
         texts = split.candidate_texts(utterance)
-        ranks.append(gold_rank(row[: len(texts)], texts))
-    return {f"hits@{k}": float(np.mean(np.array(ranks) < k)) for k in (1, 5, 10)}, ranks
+        ranks.append(gold_rank(row[: len(texts)], texts, split.right_texts(utterance)))
+    return np.array(ranks)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -181,36 +181,96 @@ class WordModel:
         return Spelling(tokens, positions)
 
 
-def perplexity(nll: np.ndarray, counts: np.ndarray) -> float:
-    """exp of the summed negative log-likelihood over the count; nan where nothing was counted."""
-    return math.exp(min(nll.sum() / counts.sum(), 700)) if counts.sum() else math.nan
-
-
 # ------------------------------------------------------------------------------------------------------------
-# What a person would notice
+# Generated replies
 # ------------------------------------------------------------------------------------------------------------
 
 
-def reply_figures(replies: list[str], split: Split) -> dict[str, float]:
-    """F1 of generated replies to a split's first utterances, and their length, variety, questions and repetitions."""
-    words = [normalize(reply).split() for reply in replies]
-    grams = {n: [gram for reply in words for gram in ngrams(reply, n)] for n in (1, 2)}
-    repeats = {"repeats_utterance": 0, "repeats_history_3gram": 0, "repeats_persona": 0}
-    for utterance, reply in enumerate(words):
-        history = [normalize(text).split() for text in split.history_texts(utterance)]
-        history_grams = {gram for text in history for gram in ngrams(text, 3)}
-        persona = [normalize(text).split() for text in split.persona_texts(utterance)]
-        repeats["repeats_utterance"] += bool(reply) and reply in history
-        repeats["repeats_history_3gram"] += not history_grams.isdisjoint(ngrams(reply, 3))
-        repeats["repeats_persona"] += any(text and tuple(text) in ngrams(reply, len(text)) for text in persona)
-    return {
-        "f1": float(np.mean([f1(reply, split.gold_text(i)) for i, reply in enumerate(replies)])),
-        "mean_length": float(np.mean([len(reply) for reply in words])),
-        "distinct_1": len(set(grams[1])) / max(1, len(grams[1])),
-        "distinct_2": len(set(grams[2])) / max(1, len(grams[2])),
-        "questions": float(np.mean([reply.rstrip().endswith("?") for reply in replies])),
-    } | {name: count / len(replies) for name, count in repeats.items()}
+def reply_columns(replies: list[str], split: Split) -> dict[str, np.ndarray]:
+    """F1 (U,) of generated replies to a split's first U utterances, and what a person would notice of each."""
+    columns = {name: [] for name in MEANS}
+    for utterance, reply in enumerate(replies):
+        words = normalize(reply).split()
+        history, persona = (
+            [normalize(text).split() for text in texts]
+            for texts in (split.history_texts(utterance), split.persona_texts(utterance))
+        )
+        history_3grams = {gram for text in history for gram in ngrams(text, 3)}
+        columns["f1"].append(max(f1(reply, right) for right in split.right_texts(utterance)))
+        columns["mean_length"].append(len(words))
+        columns["questions"].append(reply.rstrip().endswith("?"))
+        columns["repeats_utterance"].append(bool(words) and words in history)
+        columns["repeats_history_3gram"].append(not history_3grams.isdisjoint(ngrams(words, 3)))
+        columns["repeats_persona"].append(any(text and tuple(text) in ngrams(words, len(text)) for text in persona))
+    return {name: np.array(column, float) for name, column in columns.items()}
+
+
+def distinct(replies: list[str], n: int) -> float:
+    """The share of different ones among all sequences of `n` words (Li et al. 2016, section 5.3)."""
+    grams = [gram for reply in replies for gram in ngrams(normalize(reply).split(), n)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures and their standard errors
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of U utterances, which are taken as drawn independently of each other.
+
+    Args:
+        influence: (U,) the share of each utterance in the figure's deviation, to first order (the delta method). Their
+            sum is 0; of a mean they are (x - mean) / U.
+    """
+
+    value: float
+    influence: np.ndarray
+
+    @property
+    def standard_error(self) -> float:
+        """Of a mean it is the sample's standard deviation over the root of U. nan for a single utterance."""
+        size = len(self.influence)
+        return math.sqrt(size / (size - 1) * float(np.square(self.influence).sum())) if size > 1 else math.nan
+
+    def __sub__(self, other: "Figure") -> "Figure":
+        """The paired difference of a figure of the same utterances, whose errors largely cancel."""
+        return Figure(self.value - other.value, self.influence - other.influence)
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> Figure:
+    """The mean over all that was counted, of which each utterance has its number: sum of sums / sum of counts."""
+    total = counts.sum()
+    if not total:
+        return Figure(math.nan, np.full(len(sums), math.nan))
+    return Figure(sums.sum() / total, (sums - sums.sum() / total * counts) / total)
+
+
+def perplexity(nll: np.ndarray, counts: np.ndarray) -> Figure:
+    """exp of the mean negative log-likelihood, whose derivative is the perplexity itself."""
+    mean = ratio(nll, counts)
+    value = math.exp(min(mean.value, 700))
+    return Figure(value, value * mean.influence)
+
+
+MEANS = ("f1", "mean_length", "questions", "repeats_utterance", "repeats_history_3gram", "repeats_persona")
+
+
+def figures_of(columns: dict[str, np.ndarray]) -> dict[str, Figure]:
+    """Every figure that a report's columns (U,) allow: `rank` (1: the best), likelihoods with counts, means."""
+    one = np.ones(len(next(iter(columns.values()))))
+    figures = {}
+    if "rank" in columns:
+        figures |= {f"hits@{k}": ratio((columns["rank"] <= k).astype(float), one) for k in (1, 5, 10)}
+    if "nll" in columns:
+        figures |= {
+            "original_word_ppl": perplexity(columns["original_word_nll"], columns["words"]),
+            "word_ppl": perplexity(columns["word_nll"], columns["words"]),
+            "token_ppl": perplexity(columns["nll"], columns["tokens"]),
+        }
+    return figures | {name: ratio(columns[name], one) for name in MEANS if name in columns}

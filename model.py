@@ -169,6 +169,7 @@ class DialogModel(nn.Module):
         super().__init__()
         self.lm, self.ids = lm, ids
         self.packed = True
+        self.untrained: list[int] = []  # special tokens that mean nothing to it yet: neither read as types nor said
         self.limit = context_length(lm.config)
 
     @property
@@ -255,7 +256,7 @@ class DialogModel(nn.Module):
 
         The body adds positions.
         """
-        if not self.ids.token_types:
+        if self.untrained or not self.ids.token_types:
             return look_up(self.lm.get_input_embeddings(), tokens)
         # Both in one lookup, because the gradient of a lookup is as large as the whole embedding.
         return look_up(self.lm.get_input_embeddings(), torch.stack([tokens, types])).sum(0)
@@ -267,7 +268,10 @@ class DialogModel(nn.Module):
         logits = logits * (getattr(config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        if self.untrained:
+            logits[..., self.untrained] = torch.finfo(logits.dtype).min
+        return logits
 
     def save(self, folder: Path) -> None:
         """Write config.json, generation_config.json and model.safetensors; plain transformers can load them.

@@ -248,7 +248,7 @@ def fetch_from_hub(repo: str) -> Path:
     """A snapshot of a hub repository's config, tokenizer and weights (safetensors, or .bin where there are none)."""
     from huggingface_hub import snapshot_download  # heavy: only where something is fetched
 
-    texts = ["*.json", "*.txt", "*.model"]
+    texts = ["*.json", "*.txt", "*.model", "*.jinja"]
     # The hub's errors have many types, as the network's.
     with explain_errors(f"cannot fetch '{repo}' from the hub", "pass --model a local folder"):
         folder = Path(snapshot_download(repo, allow_patterns=[*texts, "*.safetensors"], ignore_patterns=["*/*"]))

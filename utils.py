@@ -8,6 +8,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -72,10 +73,13 @@ class DialogTokenizer:
         if token_types is None:
             token_types = hf.init_kwargs.get("token_types", self.fine_tuned or base_types)
         hf.init_kwargs["token_types"] = token_types
+        known, none = hf.get_vocab(), dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
+        self.own_special = none | hf.special_tokens_map  # those that the model's chat template was written with
         hf.add_special_tokens(SPECIAL_TOKENS)
         if self.pre_tokenizer == "spacy":
             self._use_words_as_they_are()
         ours = hf.convert_tokens_to_ids(["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"])
+        self.added = sorted(set(ours) - set(known.values()))  # a base model knows none of these
         self.ids = SpecialIds(*ours, all=frozenset([*ours, *hf.all_special_ids]), token_types=token_types)
 
     def _use_words_as_they_are(self) -> None:
@@ -134,13 +138,12 @@ class DialogTokenizer:
         It need not be the first that `encode` gives: openai-gpt has a token "i'm", which no text comes to.
         """
         backend = getattr(self.hf, "backend_tokenizer", None)
-        if backend is None:
-            return next(iter(self.encode([word])[0]), -1)
-        first = next(iter(backend.model.tokenize(word)), None)
+        first = next(iter(backend.model.tokenize(word)), None) if backend else None
         if first is not None and word.startswith(first.value.removesuffix("</w>")):
             return first.id
-        unknown = self.hf.unk_token_id  # tokenizers skips what a vocabulary without it lacks
-        return -1 if unknown is None else unknown
+        if self.hf.unk_token_id is not None:  # a sign that the vocabulary lacks; tokenizers may leave it out
+            return self.hf.unk_token_id
+        return next(iter(self.encode([word])[0]), -1)
 
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens and control characters."""
@@ -324,7 +327,8 @@ CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "
 # ------------------------------------------------------------------------------------------------------------
 
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+TEXTS = "persona", "history", "candidates", "alternatives"  # as a split has them
 N_DISTRACTORS = 19  # sampled where a reply comes without candidates, as many as ConvAI2 gives
 
 
@@ -355,7 +359,7 @@ class Split:
 
     Strings are numbered: string s has the ids `tokens[s]` and the UTF-8 bytes `texts[s]`. Utterance u belongs to dialog
     `dialogs[u]`. The string numbers of its history are `history[u]`, of its candidates `candidates[u]`, the gold one
-    last, and of a dialog's persona `persona[dialog]`.
+    last, of replies that are as right as that one `alternatives[u]`, and of a dialog's persona `persona[dialog]`.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], split: str):
@@ -363,9 +367,8 @@ class Split:
         self.texts = Ragged(arrays["text_offsets"], arrays["texts"])
         self.sizes = self.tokens.sizes  # tokens of each string
         self.dialogs = arrays[f"{split}.dialogs"]
-        self.persona, self.history, self.candidates = (
-            Ragged(arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"])
-            for name in ("persona", "history", "candidates")
+        self.persona, self.history, self.candidates, self.alternatives = (
+            Ragged(arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"]) for name in TEXTS
         )
 
     def __len__(self) -> int:
@@ -388,6 +391,22 @@ class Split:
 
     def gold_text(self, utterance: int) -> str:
         return self.text(self.candidates[utterance][-1])
+
+    def right_texts(self, utterance: int) -> list[str]:
+        """The gold reply and those that are as right."""
+        return [self.gold_text(utterance), *map(self.text, self.alternatives[utterance])]
+
+    def with_alternatives(self) -> "Split":
+        """This split with all right replies among the candidates.
+
+        An evaluation ranks them, as ParlAI does. A training must not: to its loss they would be wrong.
+        """
+        rows = Ragged()
+        for right, candidates in zip(self.alternatives, self.candidates, strict=True):
+            rows.append([*candidates[:-1], *right, candidates[-1]])
+        other = copy(self)
+        other.candidates = Ragged(np.asarray(rows.offsets), np.asarray(rows.values))
+        return other
 
 
 def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progress: bool = True) -> dict[str, Split]:
@@ -440,7 +459,7 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
 
 def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int]) -> dict[str, np.ndarray]:
     """A split's arrays: its texts as string numbers, of which a new string gets the next in `numbers`."""
-    owners, rows = array("i"), {name: Ragged() for name in ("persona", "history", "candidates")}
+    owners, rows = array("i"), {name: Ragged() for name in TEXTS}
 
     def add(name: str, texts: list[str]) -> None:
         rows[name].append([numbers.setdefault(text, len(numbers)) for text in texts])
@@ -451,6 +470,7 @@ def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int
             owners.append(count)
             add("history", utterance.history)
             add("candidates", utterance.candidates)
+            add("alternatives", utterance.alternatives)
     rows["candidates"] = with_distractors(rows["candidates"])
     columns = {f"{split}.dialogs": owners}
     for name, ragged in rows.items():

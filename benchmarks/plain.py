@@ -7,7 +7,8 @@ full LM logits in its default attention; nothing is cached or batched when gener
 import torch
 from transformers import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
 
-from generation import Decoding, draw, filtered_probabilities
+from cli import Decoding
+from decoding import draw, filtered_probabilities
 from inputs import Instance, Instances
 from metrics import WordModel
 from model import DialogModel, OpenAIGPTLMHeadModel, with_choice_head

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dialogs import read_dataset
 from records import Dialog, Utterance
-from utils import SpecialIds, Split
+from utils import TEXTS, SpecialIds, Split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,7 +82,7 @@ IDS = SpecialIds(bos=90, eos=91, pad=92, speaker1=93, speaker2=94, all=frozenset
 def make_split(dialogs) -> Split:
     """A split as the cache holds it. dialogs: (persona, [(history, candidates), ...]), all in lists of token ids."""
     numbers: dict[tuple[int, ...], int] = {}
-    lists = {name: [[]] for name in ("persona", "history", "candidates")}  # behind an empty list: the first offset
+    lists = {name: [[]] for name in TEXTS}  # behind an empty list: the first offset
 
     def add(name: str, texts: list[list[int]]) -> None:
         lists[name].append([numbers.setdefault(tuple(text), len(numbers)) for text in texts])
@@ -94,6 +94,7 @@ def make_split(dialogs) -> Split:
             dialog_of_utterance.append(number)
             add("history", history)
             add("candidates", candidates)
+            add("alternatives", [])
     strings = list(numbers)
     arrays = {
         "tokens": np.array(sum(strings, ()), np.int32),

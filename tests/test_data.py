@@ -392,6 +392,21 @@ def test_validation_data_alone(write, tmp_path):
     assert {name: len(split) for name, split in splits.items()} == {"train": 0, "valid": 2}
 
 
+@pytest.mark.parametrize(
+    ("content", "is_valid_path", "whole", "split"),
+    [
+        (dialog_lines(20), False, False, "held out"),
+        (dialog_lines(20), False, True, "all"),
+        (dialog_lines(20), True, True, "all"),
+        (json.dumps({"training": [TURNS]}), False, True, "training"),
+        (json.dumps({"train": [TURNS], "dev": [TURNS]}), True, True, "dev"),
+    ],
+)
+def test_it_is_known_where_the_validation_split_is_from(content, is_valid_path, whole, split, write):
+    path = write(content)
+    assert Dialogs(*((None, path) if is_valid_path else (path, "")), whole=whole).valid_source == (path, split)
+
+
 def test_a_vocabulary_is_learned_from_the_training_split_alone(write):
     path = write(json.dumps({"train": [TURNS], "valid": [{"personality": ["secret"], "dialog": ["x", "y"]}]}))
     assert set(Dialogs(path).training_texts()) == {"i like cats.", "é", "hi", "hello", "bye", "see you"}

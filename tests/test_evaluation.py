@@ -1,5 +1,6 @@
 """The ConvAI2 evaluation against hand-worked cases and against a slow and obvious reference."""
 
+import hashlib
 import json
 import logging
 import math
@@ -14,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convai_evaluation
+from cli import UserError
 from convai_evaluation import evaluate, main, parse_settings
 from dialogs import Dialogs
 from helpers import run_python
 from inputs import Instances, batches_by_length, collate
-from metrics import WordModel, f1, gold_rank, normalize, ranking_figures, reply_figures, split_words
+from metrics import WordModel, distinct, f1, figures_of, gold_rank, gold_ranks, normalize, reply_columns, split_words
 from tiny_models import embed
 from utils import load_dataset
 
@@ -91,13 +93,15 @@ def splits_of(tmp_path: Path):
 
 @pytest.fixture
 def run(load, options, splits_of):
-    """`run(folder, data, "--x", 1)` gives an `Evaluation`, and its .split and .tokenizer."""
+    """`run(folder, data, "--x", 1)` gives what is in an `Evaluation`, .figures, .ranks, .split and .tokenizer."""
 
     def run_evaluation(folder: Path, data: dict, *arguments) -> SimpleNamespace:
         model, tokenizer = load(folder)
         splits = splits_of(data, tokenizer)
         found = evaluate(model, splits, tokenizer, *options(*arguments))
-        return SimpleNamespace(**vars(found), split=splits["valid"], tokenizer=tokenizer)
+        ranks = (found.columns["rank"] - 1).tolist() if "rank" in found.columns else []
+        about = {"figures": found.figures, "ranks": ranks, "tokenizer": tokenizer}
+        return SimpleNamespace(**vars(found), **about)
 
     return run_evaluation
 
@@ -357,7 +361,16 @@ def test_words(text: str, expected: list[str]) -> None:
     ],
 )
 def test_rank(scores: list[float], texts: list[str], expected: int) -> None:
-    assert gold_rank(np.array(scores, float), texts) == expected
+    assert gold_rank(np.array(scores, float), texts, texts[-1:]) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([3, 2, 1, 0], 1), ([2, 3, 1, 0], 0), ([3, 1, 2, 0], 1), ([3, 0, 1, 2], 1), ([3, 1, 0, 0], 1), ([2, 0, 2, 1], 1)],
+)
+def test_any_right_reply_at_the_first_place_is_a_hit(scores: list[int], expected: int) -> None:
+    right = ["gold", "Hey!", "hello there"]
+    assert gold_rank(np.array(scores, float), ["no", "hey", "hello there", "gold"], right) == expected
 
 
 class Letters:
@@ -418,18 +431,67 @@ def test_what_a_person_would_notice(dialog_model, load, splits_of) -> None:
         load(dialog_model("gpt2"))[1],
     )["valid"]
     replies = ["I like GREEN tea!", "where do you live ?", "so, where do you go", ""]
-    assert reply_figures(replies, split) == pytest.approx(
-        {
-            "f1": (6 / 7 + 0 + 4 / 9 + 0) / 4,
-            "mean_length": (4 + 4 + 5 + 0) / 4,
-            "distinct_1": 10 / 13,
-            "distinct_2": 8 / 10,
-            "questions": 1 / 4,
-            "repeats_utterance": 1 / 4,
-            "repeats_history_3gram": 2 / 4,
-            "repeats_persona": 1 / 4,
-        }
+    columns = reply_columns(replies, split)
+    expected = {
+        "f1": [6 / 7, 0, 4 / 9, 0],
+        "mean_length": [4, 4, 5, 0],
+        "questions": [0, 1, 0, 0],
+        "repeats_utterance": [0, 1, 0, 0],
+        "repeats_history_3gram": [0, 1, 1, 0],
+        "repeats_persona": [1, 0, 0, 0],
+    }
+    assert columns.keys() == expected.keys()
+    assert np.stack(list(columns.values())) == pytest.approx(np.array([expected[name] for name in columns]))
+    assert {name: figure.value for name, figure in figures_of(columns).items()} == pytest.approx(
+        {name: sum(column) / 4 for name, column in expected.items()}
     )
+    assert (distinct(replies, 1), distinct(replies, 2)) == (10 / 13, 8 / 10)
+
+
+def test_standard_errors_by_hand() -> None:
+    ranks = np.array([1, 2, 1, 1, 6])
+    columns = {"rank": ranks, "f1": np.array([0.1, 0.5, 0.0, 0.0, 0.9])}
+    columns |= {"nll": np.array([2.0, 6.0, 4.0, 0, 0]), "tokens": np.array([1, 3, 2, 0, 0])}  # 2 each: no deviation
+    columns |= {"word_nll": np.array([1.0, 4.0, 0, 0, 0]), "words": np.array([1, 1, 0, 0, 0])}
+    columns |= {"original_word_nll": np.zeros(5)}
+    figures = figures_of(columns)
+    values = {
+        "hits@1": 0.6,
+        "hits@5": 0.8,
+        "hits@10": 1,
+        "f1": 0.3,
+        "token_ppl": math.exp(2),
+        "word_ppl": math.exp(2.5),
+    }
+    errors = {name: np.std(ranks <= k, ddof=1) / math.sqrt(5) for name, k in (("hits@1", 1), ("hits@5", 5))}
+    errors |= {"hits@10": 0, "f1": np.std(columns["f1"], ddof=1) / math.sqrt(5), "token_ppl": 0}
+    errors["word_ppl"] = math.exp(2.5) * math.sqrt(5 / 4 * ((1.5 / 2) ** 2 + (1.5 / 2) ** 2))
+    assert {name: figures[name].value for name in values} == pytest.approx(values)
+    assert {name: figures[name].standard_error for name in errors} == pytest.approx(errors)
+    alone = figures_of({name: column[:1] for name, column in columns.items()})
+    assert math.isnan(alone["hits@1"].standard_error) and alone["token_ppl"].value == pytest.approx(math.exp(2))
+
+
+def test_standard_errors_are_those_of_drawing_other_replies() -> None:
+    """Of two models whose likelihoods go together, as those of one reply do: the bootstrap's spread, within a tenth."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 20, 400)
+    hard = rng.gamma(4, 0.8, 400)
+    ours, theirs = (
+        {"nll": counts * (hard + rng.normal(0, 0.3, 400)), "tokens": counts, "word_nll": hard, "words": counts}
+        | {"original_word_nll": hard, "rank": rng.integers(1, 3, 400)}
+        for _ in range(2)
+    )
+    draws = [rng.integers(400, size=400) for _ in range(2000)]
+    for name in ("token_ppl", "hits@1"):
+        figures, others = figures_of(ours)[name], figures_of(theirs)[name]
+        drawn = [[figures_of({n: c[draw] for n, c in m.items()})[name].value for draw in draws] for m in (ours, theirs)]
+        assert figures.standard_error == pytest.approx(np.std(drawn[0]), rel=0.1)
+        difference = figures - others
+        assert difference.value == figures.value - others.value
+        assert difference.standard_error == pytest.approx(np.std(np.subtract(*drawn)), rel=0.1)
+    apart = figures_of(ours)["token_ppl"].standard_error + figures_of(theirs)["token_ppl"].standard_error
+    assert (figures_of(ours)["token_ppl"] - figures_of(theirs)["token_ppl"]).standard_error < apart / 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,7 +634,7 @@ def test_a_tie_is_one_in_coarse_arithmetic_too(dialog_model, run) -> None:
     utterances = [([turn], ["the snow ☂", "no .", "the snow ☃"]) for turn in ("hi", "hello")]
     found = run(dialog_model("openai-gpt"), {"train": [], "valid": [dialog([], *utterances)]})
     found.results.scores[:] = [[2.0, 1.0, 2.0078125], [1.0, 2.0, 0.9921875]]  # bf16 rounds to such steps
-    assert ranking_figures(found.results.scores, found.split)[1] == [1, 2]
+    assert gold_ranks(found.results.scores, found.split).tolist() == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -698,6 +760,7 @@ def test_table_names_the_published_figures(dialog_model, command, tmp_path: Path
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     arguments = ["--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"]
     table = command(*arguments, "--limit", 8).out
+    assert f"Evaluated: all 8 replies of {tmp_path / 'data.json'}, its split 'valid'." in table
     published = ("80.7", "16.28", "19.5", "> 79", "20.5", "16.5", "71.5")
     assert [figure for figure in published if figure not in table] == []
     assert all(re.search(f"(?i)ppl per {unit}", table) for unit in ("word", "token"))
@@ -706,6 +769,7 @@ def test_table_names_the_published_figures(dialog_model, command, tmp_path: Path
 def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     output, predictions = tmp_path / "report.json", tmp_path / "predictions.jsonl"
+    weights = dialog_model("gpt2") / "model.safetensors"
     command(
         *("--model", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--eval_type", "all"),
         *("--output", output, "--predictions", predictions, "--limit", 7, "--top_k", 7, "--seed", 5),
@@ -715,14 +779,22 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     noticed = {"mean_length", "distinct_1", "distinct_2", "questions"}
     noticed |= {"repeats_utterance", "repeats_history_3gram", "repeats_persona"}
     counts = {"utterances", "words", "tokens", "dictionary"}
-    assert (
-        figures.keys()
-        == {"hits@1", "hits@5", "hits@10", "word_ppl", "original_word_ppl", "token_ppl", "f1"} | noticed | counts
-    )
+    measured = {"hits@1", "hits@5", "hits@10", "word_ppl", "original_word_ppl", "token_ppl", "f1"}
+    assert figures.keys() == measured | noticed | counts
     assert figures["utterances"] == 7
+    columns = {name: np.array(column) for name, column in report["utterances"].items()}
+    assert {len(column) for column in columns.values()} == {7}
+    of_columns = figures_of(columns)
+    assert {name: figures[name] for name in of_columns} == pytest.approx({n: f.value for n, f in of_columns.items()})
+    assert report["standard_errors"] == pytest.approx({n: f.standard_error for n, f in of_columns.items()}, rel=1e-4)
+    assert max(map(len, output.read_text().splitlines())) > 8 * 5  # a column has one line
     expected = {"limit": 7, "top_k": 7, "seed": 5, "eval_type": "all", "model": str(dialog_model("gpt2"))}
     assert report["settings"] == report["settings"] | expected
     assert report["versions"]["torch"] == torch.__version__ and "transformers" in report["versions"]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "data.json", weights)]
+    assert report["model"] == {"name": str(dialog_model("gpt2")), "digest": digests[1]}
+    about = {"dataset": str(tmp_path / "data.json"), "split": "valid", "replies": 7, "of": 8}
+    assert report["evaluated"] == about | {"digest": [digests[0], ""]}
 
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     given = [(each, turn) for each in DATA["valid"] for turn in each["utterances"]][:7]
@@ -730,10 +802,49 @@ def test_report_and_predictions(dialog_model, command, tmp_path: Path) -> None:
     for line, (each, turn) in zip(lines, given, strict=True):
         assert (line["persona"], line["history"]) == (each["personality"], turn["history"])
         assert (line["candidates"], line["gold"]) == (turn["candidates"], turn["candidates"][-1])
-        assert line["rank"] == 1 + gold_rank(np.array(line["scores"]), line["candidates"])
+        assert line["rank"] == 1 + gold_rank(np.array(line["scores"]), line["candidates"], [line["gold"]])
         assert math.isfinite(sum(line["scores"])) and len(line["scores"]) == len(line["candidates"])
     assert figures["hits@1"] == pytest.approx(np.mean([line["rank"] == 1 for line in lines]))
     assert figures["f1"] == pytest.approx(np.mean([f1_by_hand(line["reply"], line["gold"]) for line in lines]))
+
+
+def test_two_models_are_compared_reply_by_reply(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    base = ["--dataset_path", tmp_path / "data.json", "--eval_type", "all", "--limit", 6]
+    other = tmp_path / "other.json"
+    command("--model", dialog_model("gpt2"), *base, "--output", other)
+    reports = {"gpt2": json.loads(other.read_text())}
+    for kind in ("gpt2", "llama"):
+        output = tmp_path / f"{kind}.json"
+        written = command("--model", dialog_model(kind), *base, "--output", output, "--compare", other)
+        reports[kind] = json.loads(output.read_text())
+        assert f"Against {other}" in written.out
+        rows = re.findall(
+            r"^(F1|Hits@1|PPL per token) +(\S+)(?: %)? +(\S+)(?: %)? +([+-]\S+) ± (\S+)", written.out, re.M
+        )
+        assert [row[0] for row in rows] == ["Hits@1", "PPL per token", "F1"]
+        for (_, *cells), name, scale in zip(rows, ("hits@1", "token_ppl", "f1"), (100, 1, 100), strict=True):
+            ours, theirs, difference, error = map(float, cells)
+            expected = [scale * reports[k]["figures"][name] for k in (kind, "gpt2")]
+            assert [ours, theirs, difference] == pytest.approx([*expected, expected[0] - expected[1]], abs=0.06)
+            assert error == 0 if kind == "gpt2" else error > 0 or name != "token_ppl"  # no model has a hit
+
+
+def test_a_report_that_cannot_be_compared(dialog_model, command, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(DATA))
+    (tmp_path / "other.json").write_text(json.dumps(DATA | {"train": []}))
+    base = ["--model", dialog_model("gpt2"), "--eval_type", "f1", "--max_length", 2]
+    report = tmp_path / "report.json"
+    command(*base, "--dataset_path", tmp_path / "data.json", "--output", report)
+    for arguments, line in {
+        ("data.json", 4, report): "8 replies of the same dataset; expected the 4 that are evaluated now",
+        ("other.json", 0, report): "8 replies of another dataset; expected the 8 that are evaluated now",
+        ("data.json", 0, tmp_path / "data.json"): "missing required field `evaluated`; expected a report",
+        ("data.json", 0, tmp_path / "none.json"): "No such file or directory.*; expected a report",
+    }.items():
+        name, limit, other = arguments
+        with pytest.raises(UserError, match=f"^--compare {other}: .*{line}"):
+            command(*base, "--dataset_path", tmp_path / name, "--limit", limit, "--compare", other)
 
 
 def parlai_text(dialogs: list[dict]) -> str:
@@ -777,6 +888,110 @@ def test_parlai_text_is_as_good_as_json(bare: bool, train: list[dict], dialog_mo
         assert all(len(texts) == len(set(texts)) == (4 if bare else 5) for texts in candidates)
     assert found["text"][0] == found["json"][0]
     assert found["text"][1] == pytest.approx(found["json"][1], rel=1e-6)
+
+
+def test_other_right_labels_of_parlai_count(dialog_model, load, tmp_path: Path, command, monkeypatch) -> None:
+    """`a|b`: the first is learned and predicted; each is ranked, and F1 is that of the nearest (as in ParlAI)."""
+    data, predictions, report = tmp_path / "data.txt", tmp_path / "lines.jsonl", tmp_path / "report.json"
+    data.write_text("1 hi\ti like tea|green tea\t\tno|i like tea|green tea\n2 so ?\tyes\t\tno|yes\n")
+    replies = {"hi": "Green tea!", "so ?": "green tea"}
+    model, tokenizer = load(dialog_model("gpt2"))
+
+    def generate_all(model, instances, decoding, seed, batch_size, results) -> None:
+        for row, text in enumerate(replies.values()):
+            tokens = np.array(tokenizer.encode([text])[0])
+            results.replies[row, : len(tokens)] = tokens + 1
+
+    def score(model, instances, words, rank_by, batch_size, results) -> None:
+        assert [len(instances[row].candidates) for row in range(2)] == [3, 2]
+        results.scores[:] = [[1, 2, 0], [1, 0, 0]]  # no, green tea, i like tea; no, yes
+        results.tokens[:] = results.words[:] = 1
+
+    monkeypatch.setattr(convai_evaluation, "generate_all", generate_all)
+    monkeypatch.setattr(convai_evaluation, "score", score)
+    base = ["--model", dialog_model("gpt2"), "--dataset_path", data, "--eval_type", "all"]
+    command(*base, "--output", report, "--predictions", predictions)
+    figures = json.loads(report.read_text())["figures"]
+    assert (figures["hits@1"], figures["f1"]) == (0.5, 0.5)
+    first, second = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert (first["gold"], first["alternatives"], first["rank"]) == ("i like tea", ["green tea"], 1)
+    assert first["candidates"] == ["no", "green tea", "i like tea"] and "alternatives" not in second
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ bos_token }}" + CHATML
+
+
+@pytest.fixture
+def instruct_model(make_model, tmp_path: Path):
+    """`instruct_model(template)` is the folder of a tiny Llama with a chat template, as it was downloaded."""
+
+    def make(template: str) -> Path:
+        folder = make_model(tmp_path / "instruct", "llama", vocab_size=320)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM], ids=["system message", "no system message"])
+def test_an_instruct_model_as_it_is(template: str, instruct_model, command, tmp_path: Path) -> None:
+    """Perplexity and ranks are those of plain transformers on the text that its template gives."""
+    folder, report, lines = instruct_model(template), tmp_path / "report.json", tmp_path / "lines.jsonl"
+    (tmp_path / "words.txt").write_text("You are:\n{persona}")
+    valid = [dialog(["i bake .", "i sail ."], (["hi", "yes ?", "so <|im_end|>"], ["no", "i bake bread ."]))]
+    (tmp_path / "data.json").write_text(json.dumps({"train": TRAIN, "valid": valid}))
+    base = ["--model", folder, "--dataset_path", tmp_path / "data.json", "--eval_type", "all", "--prompt", "chat"]
+    base += ["--instructions", tmp_path / "words.txt", "--no_sample", "--max_length", 5]
+    written = command(*base, "--output", report, "--predictions", lines)
+    assert "You are:\n{persona}" in written.out and "not fine-tuned" not in written.err
+
+    said = [("user", "hi"), ("assistant", "yes ?"), ("user", "so <\u2060|im_end|>")]
+    persona = "You are:\ni bake .\ni sail ."
+    if template == CHATML:
+        said = [("system", persona), *said]
+    else:
+        said[0] = ("user", f"{persona}\n\nhi")
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+    tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    prefix = tokenizer(text + "<|im_start|>assistant\n")["input_ids"]
+    scores = []
+    for reply in ("no", "i bake bread ."):
+        ids = tokenizer(reply + "<|im_end|>")["input_ids"]
+        with torch.no_grad():
+            logits = plain(torch.tensor([prefix + ids])).logits[0, len(prefix) - 1 : -1]
+        scores.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).mean().item())
+    found, line = json.loads(report.read_text()), json.loads(lines.read_text())
+    assert line["scores"] == pytest.approx(scores, abs=1e-4)
+    assert found["figures"]["token_ppl"] == pytest.approx(math.exp(-scores[1]), rel=1e-4)
+    options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 1, "pad_token_id": 0}
+    ends = [tokenizer.eos_token_id, *tokenizer("<|im_end|>")["input_ids"]]
+    out = plain.generate(torch.tensor([prefix]), eos_token_id=ends, **options)[0, len(prefix) :]
+    assert line["reply"].split() == tokenizer.decode(out, skip_special_tokens=True).split()
+    assert found["instructions"] == "You are:\n{persona}" and found["settings"]["rank_by"] == "lm"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("gpt2", ["--prompt", "chat"], "has no chat template"),
+        ("gpt2", ["--instructions", "words.txt"], "--instructions is for --prompt chat"),
+        ("gpt2", ["--prompt", "chat", "--instructions", "none.txt"], "cannot read --instructions none.txt"),
+        ("gpt2", ["--prompt", "chat", "--instructions", "LICENCE"], "holds no {persona}"),
+    ],
+)
+def test_what_cannot_be_a_prompt(kind, arguments, said, dialog_model, command) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        command("--model", dialog_model(kind), "--dataset_path", "data/sample.json", *arguments)
 
 
 def test_bf16_gives_nearly_the_same(dialog_model, command, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_splits_by_other_names(names, held_out, tmp_path, caplog):
     splits = Dialogs(str(path)).splits
     assert [dialog.utterances[0].history[:] for dialog in splits["valid"]] == [[held_out]]
     assert (len(names) == 1) or any(names[1] in message for message in caplog.messages)
+    assert Dialogs(str(path)).valid_source == (str(path), held_out)
 
 
 def test_what_is_left_out_is_counted(tmp_path, caplog):

@@ -7,17 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import generation
+import conversation
 from cli import Decoding
-from generation import (
-    Conversation,
-    DecodeState,
-    Generation,
-    draw,
-    filtered_probabilities,
-    generate_replies,
-    last_hidden,
-)
+from conversation import Conversation
+from decoding import draw, filtered_probabilities
+from generation import DecodeState, Generation, generate_replies, last_hidden
 from tiny_models import embed
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache
@@ -118,6 +112,77 @@ def test_rows_may_get_tokens_at_different_times(loaded):
         for row in (0, 2):
             alone = DecodeState(model, 1, 20).extend_to([rows[row]])
             torch.testing.assert_close(hidden[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loaded", ["openai-gpt", "gpt2", "llama", "mpt"], indirect=True)
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
+def test_beam_search_is_that_of_transformers(loaded, length_penalty, tmp_path):
+    """In a batch, with ends at different times, the three best replies of four beams."""
+    model, tokenizer = loaded
+    ids, vectors = tokenizer.ids, model.lm.get_input_embeddings().weight
+    kept = vectors.detach().clone()
+    try:
+        with torch.no_grad():
+            vectors[ids.speaker1] = 0  # transformers knows no token types: now they add nothing
+            vectors[ids.eos] = vectors[10:200].mean(0) * 3
+        model.save(tmp_path)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        prefixes = [(tokens, [ids.speaker1] * len(tokens)) for tokens, _ in make_prefixes(ids)]
+        decoding = Decoding(num_beams=4, length_penalty=length_penalty, n_replies=3, max_length=9)
+        generation = Generation(model, prefixes, decoding, generators(*range(4)))
+        steps = list(generation)
+        found = [[(reply.tokens, reply.complete) for reply in replies] for replies in generation.replies]
+    finally:
+        with torch.no_grad():
+            vectors.copy_(kept)
+    options = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": length_penalty, "do_sample": False}
+    options |= {"max_new_tokens": 9, "min_new_tokens": 1, "eos_token_id": sorted(ids.all), "pad_token_id": ids.pad}
+    for (tokens, _), replies in zip(prefixes, found, strict=True):
+        rows = plain.generate(torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)), **options)
+        expected = [row[len(tokens) :].tolist() for row in rows]
+        ends = [next((i for i, token in enumerate(row) if token in ids.all), None) for row in expected]
+        assert replies == [(row[:end], end is not None) for row, end in zip(expected, ends, strict=True)]
+    for step in steps:  # what is shown before the end stays
+        for (shown, *_), (best, *_) in zip(step, generation.replies, strict=True):
+            assert best.tokens[: len(shown.tokens)] == shown.tokens
+
+
+@with_kinds
+def test_beams_are_scored_as_if_they_had_been_drawn_alone(loaded):
+    """Both heads' scores of the best beams, computed after the beams have changed places."""
+    model, tokenizer = loaded
+    prefixes = make_prefixes(tokenizer.ids)
+    decoding = Decoding(num_beams=3, n_replies=2, max_length=5, min_length=5, no_repeat_ngram=1)
+    generation = Generation(model, prefixes, decoding, generators(*range(4)))
+    for step, _ in zip(range(6), generation, strict=False):
+        assert step < 5
+    for prefix, replies in zip(prefixes, generation.finish(), strict=True):
+        assert len({tuple(reply.tokens) for reply in replies}) == 2
+        for reply in replies:
+            assert len(set(reply.tokens)) == 5
+            row = list(zip(*prefix, strict=True)) + [
+                (token, tokenizer.ids.speaker1) for token in (*reply.tokens, tokenizer.ids.eos)
+            ]
+            with torch.no_grad():
+                hidden = torch.cat([last_hidden(model, [row[:end]]) for end in range(len(prefix[0]), len(row) + 1)])
+                score = model.lm.multiple_choice_head(hidden[-1:])[0, 0]
+                likelihoods = model.lm_logits(hidden[:5]).log_softmax(-1)
+            assert reply.mc_score == pytest.approx(float(score), abs=1e-3)
+            assert reply.log_likelihood == pytest.approx(
+                sum(float(likelihoods[i, token]) for i, token in enumerate(reply.tokens)), abs=1e-3
+            )
+
+
+@with_one
+def test_a_beam_search_that_is_stopped_has_a_reply_so_far(loaded):
+    model, tokenizer = loaded
+    (prefix,) = make_prefixes(tokenizer.ids, [7])
+    generation = Generation(model, [prefix], Decoding(num_beams=4, min_length=9, max_length=9), generators(0))
+    for _ in zip(range(3), generation, strict=False):
+        pass
+    ((reply,),) = generation.finish()
+    assert len(reply.tokens) == 3 and not reply.complete and reply.mc_score is not None
+    assert generation.finish() == [[reply]] and list(generation) == []
 
 
 @with_kinds
@@ -244,6 +309,9 @@ HALVES = [0.5, 0.25, 0.125, 0.0625, 0.0625]
         pytest.param(HALVES, {"top_p": 0.0}, HALVES, id="top_p of zero is off"),
         pytest.param(HALVES, {"top_p": -1.0}, HALVES, id="top_p below zero is off"),
         # top_k leaves 2/3 and 1/3, and of these the first already reaches 0.6; without top_k, two would be needed
+        pytest.param(HALVES, {"min_p": 0.2}, [4 / 7, 2 / 7, 1 / 7, 0, 0], id="min_p of the likeliest"),
+        pytest.param(HALVES, {"min_p": 1.0}, [1, 0, 0, 0, 0], id="min_p of one keeps the likeliest"),
+        pytest.param(HALVES, {"min_p": 0.4, "temperature": 0.5}, [1, 0, 0, 0, 0], id="temperature, then min_p"),
         pytest.param(HALVES, {"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0], id="top_k first, then top_p"),
         pytest.param(HALVES, {"top_k": 4, "top_p": 0.6}, [2 / 3, 1 / 3, 0, 0, 0], id="top_p is narrower"),
         # squares of 0.5, 0.25 and 0.25 are 4:1:1, so the first has 2/3 and reaches 0.6
@@ -312,12 +380,12 @@ def seen(monkeypatch) -> list[tuple[list[int], int]]:
     """The prefix tokens that each reply was generated for, and its longest length."""
     calls = []
 
-    class Watched(generation.Generation):
+    class Watched(Generation):
         def __init__(self, model, prefixes, decoding, *rest):
             calls.append((prefixes[0][0], decoding.max_length))
             super().__init__(model, prefixes, decoding, *rest)
 
-    monkeypatch.setattr(generation, "Generation", Watched)
+    monkeypatch.setattr(conversation, "Generation", Watched)
     return calls
 
 

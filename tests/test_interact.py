@@ -17,8 +17,10 @@ import torch
 
 import interact
 from cli import Decoding, UserError, printable
+from conversation import Conversation
+from decoding import Reply, rank_replies, repeating, sample
 from dialogs import MAX_MESSAGE, Dialogs, check_message, read_dataset
-from generation import Conversation, PrefixCache, Reply, generate_replies, rank_replies, repeating, sample
+from generation import PrefixCache, generate_replies
 from helpers import run_python
 from inputs import build_prefix
 from terminal import GREEN, History, Prompt, Wrapper, box, coloured, text_width, wrapped
@@ -230,6 +232,9 @@ def test_repetition_penalty_makes_used_tokens_less_likely(converse) -> None:
 def test_greedy_decoding_of_several_replies_is_refused() -> None:
     with pytest.raises(UserError, match="n_replies"):
         Decoding(no_sample=True, n_replies=2)
+    with pytest.raises(UserError, match="n_replies 5 with num_beams 4"):
+        Decoding(num_beams=4, n_replies=5)
+    assert Decoding(num_beams=4, no_sample=True, n_replies=4)
 
 
 # ------------------------------------------------------------------------------------------------------------

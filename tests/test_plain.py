@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from cli import Decoding, log
+from conversation import Conversation
 from dialogs import Dialogs
-from generation import Conversation
 from inputs import Instances, sentences_inside
 from model_files import find_run
 from template import template_fault

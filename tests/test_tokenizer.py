@@ -189,7 +189,7 @@ def test_a_word_that_is_merged_as_it_stands_may_begin_with_another_token(pre_tok
 def test_a_bare_word_of_a_vocabulary_with_bytes_has_no_space(folder):
     tokenizer = openai_gpt_and_learned(folder)["learned"]
     assert tokenizer.first_bare_token("don") == tokenizer.encode(["don"])[0][0]
-    assert tokenizer.first_bare_token("☃") == -1  # its characters stand for bytes, and none for this sign
+    assert tokenizer.first_bare_token("☃") == tokenizer.encode(["☃"])[0][0]  # it has characters for bytes, not this
 
 
 def test_decode_leaves_special_tokens_out_and_writes_as_people_do(folder):

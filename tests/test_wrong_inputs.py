@@ -26,9 +26,9 @@ import interact
 import runs
 import train
 from cli import Decoding, UserError, explain_errors, run_script
+from conversation import Conversation
 from dialogs import Dialogs, read_dataset
 from files import download, unpack
-from generation import Conversation
 from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, json_lines, kept, member, read, write_tar
 from inputs import Instances
 from model_files import find_model

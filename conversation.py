@@ -1,0 +1,152 @@
+"""A conversation: a persona and its turns, text in, the bot's reply as text out."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from cli import Decoding
+from generation import Generation, PrefixCache, Reply
+from inputs import build_prefix, truncate, utterances_shown
+from model import DialogModel
+from utils import DialogTokenizer
+
+
+@dataclass
+class Turn:
+    text: str | None  # of the other person; None where the bot spoke first
+    reply: str
+    ids: list[list[int]]  # token ids of both, as the model sees them
+    candidates: list[tuple[str, Reply]] = field(default_factory=list)  # distinct replies, best first, the given one too
+
+
+def token_counts(persona: list[list[int]], history: list[list[int]]) -> dict[str, int]:
+    """Tokens of each part of a prefix, in the order in which they are truncated."""
+    *earlier, message = history or [[]]
+    return {
+        "the earlier messages": sum(map(len, earlier)),
+        "the persona": sum(map(len, persona)),
+        "the message": len(message),
+    }
+
+
+class Conversation:
+    """A persona and its turns; what a terminal and a browser share.
+
+    Args:
+        persona: sentences, as text.
+        max_history: exchanges that the model sees.
+        seed: of the replies.
+        prefix_cache: prefixes computed before, where conversations share them.
+    """
+
+    def __init__(
+        self,
+        model: DialogModel,
+        tokenizer: DialogTokenizer,
+        persona: list[str],
+        decoding: Decoding,
+        max_history: int,
+        seed: int,
+        prefix_cache: PrefixCache | None = None,
+    ):
+        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.persona = persona
+        self.n_history = utterances_shown(max_history)
+        self.forgotten = 0  # oldest utterances that are not shown any more
+        self.turns: list[Turn] = []
+        self.generator = torch.Generator().manual_seed(seed)
+        self.prefix_cache = prefix_cache or PrefixCache()
+        self.truncated: dict[str, tuple[int, int]] = {}  # what of the last prefix did not fit: tokens left out, of all
+
+    @property
+    def truncation(self) -> str:
+        """What of the last prefix did not fit the model, in words; "" where all of it did."""
+        parts = [f"{left_out} of the {size} tokens of {name}" for name, (left_out, size) in self.truncated.items()]
+        return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}" if parts else ""
+
+    @property
+    def history(self) -> list[str]:
+        """All utterances, oldest first."""
+        return [message["content"] for message in self.record()["messages"]]
+
+    def record(self) -> dict:
+        """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
+        messages = [
+            {"role": role, "content": text}
+            for turn in self.turns
+            for role, text in (("user", turn.text), ("assistant", turn.reply))
+            if text is not None
+        ]
+        return {"personality": self.persona, "messages": messages}
+
+    def resume(self, history: list[str]) -> None:
+        """Put an earlier conversation, whose last utterance is the bot's, in the place of this one."""
+        texts = [None, *history] if len(history) % 2 else history
+        self.turns = [
+            Turn(text, reply, self.tokenizer.encode([reply] if text is None else [text, reply]))
+            for text, reply in zip(texts[::2], texts[1::2], strict=True)
+        ]
+
+    def recent(self, history: list[list[int]], room: int) -> list[list[int]]:
+        """The utterances (token ids) that are shown, in `room` tokens where all are to be.
+
+        The oldest then go a quarter of the context at once. What is left stays the beginning of many prefixes, so that
+        its keys and values are computed again only seldom.
+        """
+        if self.n_history < utterances_shown(-1):
+            return history[-self.n_history :]
+        if self.forgotten >= len(history):  # turns were taken back
+            self.forgotten = 0
+        size = sum(len(utterance) + 1 for utterance in history[self.forgotten :])
+        if size > room:
+            while size > room - self.model.limit // 4 and self.forgotten < len(history) - 1:
+                size -= len(history[self.forgotten]) + 1
+                self.forgotten += 1
+        return history[self.forgotten :]
+
+    def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
+        """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
+        history = [ids for turn in self.turns for ids in turn.ids] + [message]
+        # At most half of what the model takes: the rest is for what is replied to.
+        longest = min(self.decoding.max_length, self.model.limit // 2)
+        persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
+        asked = history[-self.n_history :]
+        whole = token_counts(persona, asked) | {"the beginning of the reply": len(begun)}
+        begun = begun[-self.model.limit // 4 :]
+        size = len(begun) + longest
+        history = self.recent(history, self.model.limit - 3 - sum(map(len, persona)) - size)
+        persona, history, size = truncate(persona, history, size, self.model.limit)
+        fitting = token_counts(persona, history) | {"the beginning of the reply": len(begun)}
+        self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
+        tokens, types = build_prefix(persona, history, self.model.ids)
+        prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)
+        decoding = replace(self.decoding, max_length=max(size - len(begun), 1))
+        return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
+
+    def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Say `text`; yields the bot's reply piece by piece, and remembers the turn once it is whole.
+
+        There is a (maybe empty) piece for every token. After each, `stopped` is asked whether the reply ends here;
+        one that is stopped before its first word is no turn. The best of several replies is known, and yielded, only
+        at the end.
+        """
+        (message,) = self.tokenizer.encode([text])
+        generation, shown = self.generation(message), ""
+        for (replies,) in generation:
+            start = self.tokenizer.decode_start(replies[0].tokens) if len(replies) == 1 else ""
+            yield start[len(shown) :]
+            shown = start
+            if stopped():
+                break
+        candidates: dict[str, Reply] = {}
+        for candidate in generation.finish()[0]:
+            candidates.setdefault(self.tokenizer.decode(candidate.tokens), candidate)
+        reply, best = next(iter(candidates.items()))
+        if reply or not stopped():
+            self.turns.append(Turn(text, reply, [message, best.tokens], list(candidates.items())))
+        yield reply[len(shown) :]
+
+    def reply(self, text: str) -> str:
+        """Say `text`; the bot's reply."""
+        return "".join(self.stream(text))
