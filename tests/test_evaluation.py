@@ -8,6 +8,7 @@ import re
 import string
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,8 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def parse(*arguments):
         base = ["--device", "cpu", "--dataset_cache", tmp_path / "cache.bin"]
         monkeypatch.setattr(sys, "argv", ["convai_evaluation.py", *map(str, [*base, *arguments])])
-        return parse_settings()
+        settings, *others = parse_settings()
+        return replace(settings, max_history=2), *others
 
     return parse
 
