@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from cli import UserError, explain_errors
+from messengers import messenger_of
 from records import (
     FORMATS,
     NO_JSON,
@@ -337,6 +338,12 @@ def read_content(path: Path, data: Content) -> Splits:
     """The dialogs in a file by split. The format is told apart by content. Raises UserError where it is none."""
     start, end = re.search(rb"\S.*|\Z", data).span()  # of the first line that is not blank
     line = memoryview(data)[start:end]  # a view, as the line may be the whole file
+    messenger = messenger_of(bytes(data[:5000]).decode(errors="replace"))
+    if messenger:
+        raise UserError(
+            f"{path} is an export of {messenger}, which does not say who of its people the bot is; "
+            f"convert it first: python convert.py --chat {path} --me NAME"
+        )
     for fits, read in READERS:
         if fits(data, line):
             return read(path, data)

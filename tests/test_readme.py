@@ -255,6 +255,9 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     (folder / "data" / "tiny-gpt" / "config.json").write_text(json.dumps(config | {"n_embd": 32, "n_layer": 2}))
     _, turns, _, parlai = (block.text for block in FORMATS)
     (folder / "my_chats.jsonl").write_text(turns)
+    spoken = [(15, "Ben", "hi"), (16, "Anna", "hello"), (17, "Ben", "how are you?"), (18, "Anna", "fine")]
+    lines = [f"31.12.20, 22:{minute} - {name}: {text}" for minute, name, text in spoken]
+    (folder / "chat.txt").write_text("\n".join(lines))
     for name in ("train_self_original.txt", "valid_self_original.txt"):
         (folder / name).write_text(parlai)
     for name in ("models", PUBLISHED):

@@ -10,10 +10,10 @@ from helpers import ROOT, run_python
 
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
 ROOMS = """
-    cli files model_files records formats dialogs transcript terminal utils inputs template prompts
+    cli files model_files messengers records formats dialogs transcript terminal utils inputs template prompts
     adapters model cpu decoding generation conversation metrics report learner runs card
 """.split()
-SCRIPTS = ["train", "interact", "convai_evaluation", "endpoint", "page", "web"]
+SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
 MAY_IMPORT["interact"] |= {"endpoint", "web"}
 MAY_IMPORT["page"].add("endpoint")

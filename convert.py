@@ -1,0 +1,83 @@
+"""Make training data of a messenger's exported chat: the model learns to write as one of its people."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+from cli import Parser, Settings, UserError, explain_errors, log, option, run_script
+from files import typed_path, whole_files
+from messengers import LEFT_OUT, Message, messenger_of, read_export
+
+
+@dataclass(frozen=True)
+class ConversionSettings(Settings):
+    """Options of convert.py."""
+
+    chat: str = option("", "what WhatsApp, Telegram (JSON) or DiscordChatExporter (JSON) exported")
+    me: str = option("", "the name, in the chat, of who the model learns to write as")
+    output: str = option("my_chats.jsonl", "the file for the dialogs, as JSON lines")
+    pause: float = option(8.0, "hours without a message after which another dialog begins", low=0.0)
+
+
+def read_messages(name: str) -> list[Message]:
+    """The messages of an exported chat, in order, without those that hold no text."""
+    if not name:
+        raise UserError("no --chat is given; expected the file that a messenger exported, such as --chat result.json")
+    path = typed_path(name)
+    with explain_errors(f"cannot read {path}", "expected an exported chat", OSError, UnicodeDecodeError):
+        text = path.read_text(encoding="utf-8-sig")
+    messenger = messenger_of(text[:5000])
+    if not messenger:
+        raise UserError(
+            f"{path} is no export that is known here; expected WhatsApp's text, or the JSON of Telegram or "
+            "DiscordChatExporter"
+        )
+    expected = f"expected an export of {messenger} as it writes them"
+    with explain_errors(f"cannot read {path}", expected, KeyError, ValueError, TypeError, AttributeError):
+        messages = [message for message in read_export(messenger, text) if message.text.strip() and message.name]
+    kept = [message for message in messages if not LEFT_OUT.match(message.text)]
+    log.info(f"{path}: {len(kept)} messages of {messenger}, {len(messages) - len(kept)} left out that hold no text")
+    return sorted(kept, key=lambda message: message.time)
+
+
+def dialogs_of(messages: list[Message], me: str, pause: timedelta) -> Iterator[list[dict[str, str]]]:
+    """Dialogs as lists of messages by role. What one side writes in a row is one utterance; all others are one side."""
+    dialog, last = [], None
+    for message in messages:
+        if last and message.time - last > pause:
+            yield dialog
+            dialog = []
+        role, text = "assistant" if message.name == me else "user", " ".join(message.text.split())
+        if dialog and dialog[-1]["role"] == role:
+            dialog[-1]["content"] += f" {text}"
+        else:
+            dialog.append({"role": role, "content": text})
+        last = message.time
+    yield dialog
+
+
+def main() -> None:
+    settings = ConversionSettings.from_args(Parser(__doc__, ConversionSettings).parse_args())
+    messages = read_messages(settings.chat)
+    names = Counter(message.name for message in messages)
+    if settings.me not in names:
+        known = ", ".join(f"'{name}' ({count})" for name, count in names.most_common(10)) or "nobody"
+        raise UserError(
+            f"--me '{settings.me}' wrote nothing in {settings.chat}; expected one of those who did: {known}"
+        )
+    dialogs = dialogs_of(messages, settings.me, timedelta(hours=settings.pause))
+    # A reply to nobody, or nobody's reply, teaches nothing.
+    useful = [dialog for dialog in dialogs if {message["role"] for message in dialog} == {"user", "assistant"}]
+    path = typed_path(settings.output)
+    with whole_files(path.parent) as partial:
+        lines = [json.dumps({"messages": dialog}, ensure_ascii=False) + "\n" for dialog in useful]
+        (partial / path.name).write_text("".join(lines), encoding="utf-8")
+    replies = sum(message["role"] == "assistant" for dialog in useful for message in dialog)
+    log.info(f"{len(useful)} dialogs with {replies} messages of {settings.me} in {path}")
+    log.info(f"train on them: python train.py --model smollm2 --lora 16 --dataset_path {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)
