@@ -1,6 +1,7 @@
 """What several test files share beside the fixtures of conftest.py: datasets, token ids, a server and archives."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -27,19 +28,19 @@ def run_python(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def signal_after(number: int, steps: int, calls: int = 0) -> None:
-    """Let this process send itself a signal once it has taken so many optimiser steps.
+    """Let this process send itself a signal, after so many optimiser steps and then so many calls of functions.
 
-    Args:
-        calls: and after so many calls of functions, or returns, behind them.
+    So a signal meets a training at any moment, and yet at the same one on every machine, however slow. A return counts
+    as a call.
     """
-    steps_left, calls_left = iter(range(steps - 1)), iter(range(calls))
+    steps_taken, calls_made = itertools.count(1), itertools.count()
 
     def count_step(*_) -> None:
-        if next(steps_left, None) is None:
+        if next(steps_taken) == steps:
             sys.setprofile(count_call)
 
     def count_call(*_) -> None:
-        if next(calls_left, None) is None:
+        if next(calls_made) == calls:
             sys.setprofile(None)
             os.kill(os.getpid(), number)
 

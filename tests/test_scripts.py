@@ -2,6 +2,7 @@
 
 import ast
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -20,15 +21,22 @@ MAY_IMPORT["page"].add("endpoint")
 MAY_IMPORT["web"] |= {"endpoint", "page"}
 
 
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_imports_run_one_way(name):
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported & MAY_IMPORT.keys() <= MAY_IMPORT[name]
+    assert imported(ROOT / f"{name}.py") & MAY_IMPORT.keys() <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_nobody_imports_a_test_file(path):
+    assert not [name for name in imported(path) if name.startswith("test_") or name == "conftest"]
 
 
 def test_only_the_page_imports_what_only_it_needs():
