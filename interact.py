@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cli import (
     CommonSettings,
@@ -25,7 +26,7 @@ from cli import (
 )
 from dialogs import PERSONACHAT_URL, Dialogs, check_message, read_persona
 from files import cached_path, is_url
-from model_files import find_finetuned_model
+from model_files import decoding_defaults, find_finetuned_model
 from terminal import (
     GREEN,
     Pace,
@@ -71,9 +72,12 @@ class WebSettings(Settings):
     api_key: str | None = option(None, "what clients must show; default: the variable IMPROVEDFLEND_API_KEY")
 
 
-def parse_settings() -> tuple[ChatSettings, Decoding, WebSettings]:
+def parse_settings(defaults: dict[str, Any] | None = None) -> tuple[ChatSettings, Decoding, WebSettings]:
+    """The options of the command line. defaults: values, by name, of options that it does not give."""
     classes = ChatSettings, Decoding, WebSettings
-    args = Parser(__doc__, *classes).parse_args()
+    parser = Parser(__doc__, *classes)
+    parser.set_defaults(**(defaults or {}))
+    args = parser.parse_args()
     settings, decoding, web = (each.from_args(args) for each in classes)
     if settings.web and importlib.util.find_spec("gradio") is None:
         raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
@@ -369,6 +373,8 @@ def main() -> None:
         log.info(f"loading {settings.model} ...")
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
     settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
+    if tokenizer.fine_tuned:  # a base model's are for other texts
+        decoding = parse_settings(decoding_defaults(files, Decoding.options()))[1]
 
     # Heavy: after all that can be told to be wrong at once.
     from conversation import Conversation

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cli import UserError, explain_errors, log
 from files import cache_folder, download, forget, is_url, lock, make_folder, typed_path, unpack, whole_files
@@ -207,6 +209,26 @@ def lasting_name(name: str) -> str:
 def find_finetuned_model(name: str) -> ModelFiles:
     """As `find_model`, for talking and evaluating: there openai-gpt is the published model fine-tuned from it."""
     return find_model(FINETUNED_URL if name == "openai-gpt" else name)
+
+
+# In transformers' generation config, what has another name here.
+DECODING_NAMES = {"max_new_tokens": "max_length", "no_repeat_ngram_size": "no_repeat_ngram"}
+
+
+def decoding_defaults(files: ModelFiles, names: Iterable[str]) -> dict[str, Any]:
+    """How a model's replies are drawn where nobody asks for another way: its generation config.
+
+    Args:
+        names: the decoding options there are.
+    Raises:
+        UserError: the file is not transformers' JSON.
+    """
+    path = files.tokenizer_folder / "generation_config.json"
+    if files.gguf or not path.exists():
+        return {}
+    with explain_errors(f"cannot read {path}", "expected a generation config of transformers"):
+        config = {DECODING_NAMES.get(name, name): value for name, value in json.loads(path.read_text("utf-8")).items()}
+    return {name: config[name] for name in names if config.get(name) is not None}
 
 
 # Names that nobody means for the hub: ./x, ~/x, a/b/c, x/, a\b, x.gguf, x.tar.gz.

@@ -6,12 +6,13 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import interact
 import train
-from cli import Decoding, log
+from cli import Decoding, UserError, log
 from conversation import Conversation
 from dialogs import Dialogs
 from inputs import Instances, sentences_inside
-from model_files import find_run
+from model_files import ModelFiles, decoding_defaults, find_run
 from template import template_fault
 from tiny_models import TEXTS
 from utils import load_dataset
@@ -116,3 +117,26 @@ def test_a_tokenizer_that_joins_what_the_rows_keep_apart_gets_no_template(plain,
     assert template_fault(tokenizer, rows) == ""
     rows.inside = {}  # each sentence as a text of its own, which begins without a space
     assert "other tokens for the reply to" in template_fault(tokenizer, rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ('{"temperature": 0.5, "max_new_tokens": 30, "eos_token_id": 3}', [], Decoding(temperature=0.5, max_length=30)),
+        ('{"temperature": 0.5, "no_repeat_ngram_size": 3}', ["--temperature", "0.7"], Decoding(no_repeat_ngram=3)),
+        ("{}", ["--top_k", "5"], Decoding(top_k=5)),
+    ],
+)
+def test_replies_are_drawn_as_the_model_says_where_the_user_does_not(content, options, expected, tmp_path, monkeypatch):
+    (tmp_path / "generation_config.json").write_text(content)
+    defaults = decoding_defaults(ModelFiles(tmp_path), Decoding.options())
+    monkeypatch.setattr(sys, "argv", ["interact.py", *options])
+    assert interact.parse_settings(defaults)[1] == expected
+
+
+@pytest.mark.parametrize("content", ['{"temperature": "warm"}', '{"top_p": 7}', "[1]", "{"])
+def test_a_generation_config_that_says_nonsense(content, tmp_path, monkeypatch):
+    (tmp_path / "generation_config.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["interact.py"])
+    with pytest.raises((UserError, SystemExit)):
+        interact.parse_settings(decoding_defaults(ModelFiles(tmp_path), Decoding.options()))
