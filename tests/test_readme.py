@@ -29,7 +29,6 @@ import train
 from dialogs import read_dataset
 from records import Dialog, Utterance
 from stand_ins import write_programs
-from tiny_models import write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -273,7 +272,6 @@ def workplace(tmp_path_factory, tiny, dialog_model):
     (far / dialogs.PERSONACHAT_URL.removeprefix("https://")).write_text(sample)
     with tarfile.open(far / model_files.FINETUNED_URL.removeprefix("https://"), "w:gz") as archive:
         archive.add(dialog_model("openai-gpt"), ".")
-    write_gguf(top / "tiny.gguf", tiny("llama"))
 
     environment = {name: value for name, value in os.environ.items() if name in KEPT} | {
         "PATH": str(top / "bin"),
@@ -284,7 +282,6 @@ def workplace(tmp_path_factory, tiny, dialog_model):
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "",
-        "TINY_GGUF": str(top / "tiny.gguf"),
     }
     write_programs(top / "bin")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(far))) as server:
