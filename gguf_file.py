@@ -186,9 +186,9 @@ def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, kind: str) -> 
     """Add a tensor, stored as `kind` says; as in llama.cpp's own tools, not all of them are."""
     if values.ndim == 1 or name == "position_embd.weight":
         kind = "f32"
-    elif kind == "q4_0" and name in ("token_embd.weight", "output.weight"):
-        kind = "q8_0"  # where four bits cost the most
     elif kind in ("q8_0", "q4_0") and values.shape[-1] % 32:
         kind = "f16"  # quantised are blocks of 32 numbers, and a row of this tensor is not made of whole ones
+    elif kind == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        kind = "q8_0"  # where four bits cost the most
     stored = GGMLQuantizationType[kind.upper()]
     writer.add_tensor(name, quantize(np.ascontiguousarray(values), stored), raw_dtype=stored)
