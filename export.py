@@ -13,11 +13,10 @@ from model import DialogModel, load_model
 from model_files import ModelFiles, find_model, find_run
 from utils import DialogTokenizer, load_config, load_tokenizer
 
-# The rows of template.py in the language of Go, which Ollama has in place of Jinja. {{ .Messages }} has the system
-# message too, and Ollama has put the Modelfile's there where a request has none.
+# The rows of template.py in Go's language, which Ollama has in place of Jinja. System messages are in .Messages too.
 TEMPLATE = (
-    '<bos>{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}{{ .Content }}'
-    "{{ else if le (len (slice $.Messages $i)) SHOWN }}"
+    "<bos>{{ .System }}{{ range $i, $_ := .Messages }}"
+    '{{ if and (ne .Role "system") (le (len (slice $.Messages $i)) N) }}'
     '{{ if eq .Role "assistant" }}<speaker1>{{ else }}<speaker2>{{ end }}{{ .Content }}{{ end }}{{ end }}<speaker1>'
 )
 
@@ -72,7 +71,8 @@ def modelfile(gguf: str, model: DialogModel, max_history: int, persona: list[str
     parameters = {name: getattr(drawn, name) for name in ("temperature", "top_k", "top_p")}
     # Ollama's own defaults are more tokens than some models take, and 1.1.
     parameters |= {"num_ctx": model.limit, "repeat_penalty": 1.0}
-    lines = [f"FROM ./{gguf}", f'TEMPLATE """{TEMPLATE.replace("SHOWN", str(utterances_shown(max_history)))}"""']
+    template = TEMPLATE.replace("N)", f"{utterances_shown(max_history)})")
+    lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     lines += [f'SYSTEM """{" ".join(persona)}"""'] * bool(persona)
     return "\n".join(lines) + "\n"
@@ -106,8 +106,8 @@ def main() -> None:
         write_gguf(partial / name, model, tokenizer, settings.gguf)
         text = modelfile(name, model, max_history, settings.personality or [])
         (partial / "Modelfile").write_text(text, encoding="utf-8")
-    log.info(f"{folder / name} is made; to chat:\nllama-cli -m {folder / name}")
-    log.info(f"ollama create my-model -f {folder / 'Modelfile'} && ollama run my-model")
+    log.info(f"saved {folder / name} and {folder / 'Modelfile'}; to serve them:")
+    log.info(f"llama-server -m {folder / name}\nollama create my-model -f {folder / 'Modelfile'}")
 
 
 if __name__ == "__main__":

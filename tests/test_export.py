@@ -143,8 +143,8 @@ def test_modelfile(plain, exported):
     folder = exported(plain("gpt2"), "f16", "--personality", PERSONA[0], "--personality", PERSONA[1]).parent
     first, template, *parameters, system = (folder / "Modelfile").read_text().splitlines()
     assert first == "FROM ./model-f16.gguf" and system == 'SYSTEM """i like cats. my car is red."""'
-    assert template.startswith('TEMPLATE """<bos>{{') and template.endswith('<speaker1>"""')
-    assert "{{ else if le (len (slice $.Messages $i)) 3 }}" in template
+    assert template.startswith('TEMPLATE """<bos>{{ .System }}') and template.endswith('<speaker1>"""')
+    assert "(le (len (slice $.Messages $i)) 3)" in template
     expected = {"temperature": "0.7", "top_k": "0", "top_p": "0.9", "num_ctx": "1024", "repeat_penalty": "1.0"}
     assert dict(line.removeprefix("PARAMETER ").split() for line in parameters) == expected
     exported(folder)
