@@ -90,6 +90,14 @@ vllm serve .
 transformers serve            # and ask for this folder as the model
 mlx_lm.server --model .
 ```
+
+For llama.cpp and Ollama (models of the Llama, Mistral, Qwen, Gemma and GPT-2 kinds), with the toolkit:
+
+```bash
+python export.py . --gguf q8_0 --personality "i like cats."
+llama-server -m model-q8_0.gguf
+ollama create my-model -f Modelfile && ollama run my-model
+```
 """
 NO_TEMPLATE = """\
 There is no chat template: none gives the tokens that the model was trained on, for its tokenizer joins or changes what

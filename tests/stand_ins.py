@@ -205,6 +205,18 @@ def hf(arguments: list[str]) -> None:
     check(False, "nothing was uploaded")
 
 
+def llama_server(arguments: list[str]) -> None:
+    check(arguments[0] == "-m" and Path(arguments[1]).read_bytes()[:4] == b"GGUF", "expected -m and a GGUF file")
+
+
+def ollama(arguments: list[str]) -> None:
+    """A model is made of a file that the Modelfile names, beside it."""
+    action, name, *options = arguments
+    check(action == "create" and bool(name) and options[0] == "-f", "nothing stands in for ollama but create -f")
+    first, *_ = (file := Path(options[1])).read_text().splitlines()
+    check((file.parent / first.removeprefix("FROM ./")).is_file(), f"{first}: no such file")
+
+
 def tensorboard(arguments: list[str]) -> None:
     check(arguments[0] == "--logdir" and any(Path(arguments[1]).rglob("events.*")), "there are no events to show")
 
@@ -217,8 +229,8 @@ def ruff(arguments: list[str]) -> None:
     check(arguments in (["check", "."], ["format", "--check", "."]), f"nothing stands in for ruff {arguments}")
 
 
-PROGRAMS = {"python": python, "python3": python} | {
-    function.__name__: function for function in (torchrun, pip, docker, hf, tensorboard, pytest, ruff)
+PROGRAMS = {"python": python, "python3": python, "llama-server": llama_server} | {
+    function.__name__: function for function in (torchrun, pip, docker, hf, ollama, tensorboard, pytest, ruff)
 }
 
 

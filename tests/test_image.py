@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARGS = dict(re.findall(r"^ARG (\w+)=(.*)$", DOCKERFILE, re.MULTILINE))
-ENTRIES = ["train.py", "interact.py", "convai_evaluation.py"]
+ENTRIES = ["train.py", "interact.py", "convai_evaluation.py", "export.py"]
 
 
 def in_image(path: str) -> bool:

@@ -22,6 +22,7 @@ import pytest
 import cli
 import convai_evaluation
 import dialogs
+import export
 import interact
 import model_files
 import report
@@ -64,7 +65,7 @@ def section(heading: str) -> str:
 # Options
 # ------------------------------------------------------------------------------------------------------------
 
-SCRIPTS = {"train.py": train, "interact.py": interact, "convai_evaluation.py": convai_evaluation}
+SCRIPTS = {"train.py": train, "interact.py": interact, "convai_evaluation.py": convai_evaluation, "export.py": export}
 SHOWN_DEFAULTS = {  # of options whose default depends on the machine, or is decided later
     "--device": "`cuda` if there is one, else `cpu`",
     "--runs_dir": "`runs` beside the scripts",
@@ -77,7 +78,7 @@ def options_in_readme(script: str) -> dict[tuple[str, ...], tuple[str, str]]:
     """By an option's names: default and meaning, of all tables whose heading names the script."""
     rows = {}
     for heading in re.findall(r"^### Options of .*$", README, re.MULTILINE):
-        if script in heading or heading.endswith("all three scripts"):
+        if script in heading or (heading.endswith("all three scripts") and script != "export.py"):
             table = re.findall(r"^\| (`--.*?) \| (.*?) ?\| (.*) \|$", section(heading), re.MULTILINE)
             for names, default, meaning in table:
                 names = tuple(re.findall(r"`(.*?)`", names))
@@ -94,7 +95,7 @@ def actions(monkeypatch):
         made, parse = [], cli.Parser.parse_args
         monkeypatch.setattr(cli.Parser, "parse_args", lambda self: (made.append(self), parse(self, []))[1])
         SCRIPTS[script].parse_settings()
-        return [action for action in made[0]._actions if "--help" not in action.option_strings]
+        return [action for action in made[0]._actions if action.option_strings[:1] not in ([], ["-h"])]
 
     return of
 

@@ -12,9 +12,9 @@ from helpers import ROOT, run_python
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
 ROOMS = """
     cli progress files model_files messengers records formats dialogs transcript terminal utils inputs template prompts
-    adapters model cpu decoding generation conversation metrics report learner runs card
+    adapters model cpu decoding generation conversation metrics report learner runs card gguf_file
 """.split()
-SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "endpoint", "page", "web"]
+SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
 MAY_IMPORT["interact"] |= {"endpoint", "web"}
 MAY_IMPORT["page"].add("endpoint")
@@ -81,6 +81,8 @@ def test_train_evaluate_and_talk(tmp_path):
         (["interact.py", "--top_p", "3"], "at most 1.0, found '3'"),
         (["convai_evaluation.py", "--eval_type", "bleu"], "expected one of hits@1, ppl, f1, all, found 'bleu'"),
         (["convai_evaluation.py", "--model", "data/sample.json"], "neither a .gguf nor a .tar.gz file"),
+        (["export.py", "./nowhere"], "no such folder: ./nowhere; expected a run folder of train.py"),
+        (["export.py", "--gguf", "q2_k"], "expected one of f32, f16, bf16, q8_0, q4_0, found 'q2_k'"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
