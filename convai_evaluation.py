@@ -30,7 +30,6 @@ from dialogs import Dialogs
 from inputs import Batch, Instances, batches_by_length, sentences_inside
 from metrics import Spelling, WordModel, distinct, gold_ranks, reply_columns
 from model_files import find_finetuned_model
-from progress import ProgressLines, progress_of
 from prompts import ChatInstances, ChatTemplate, read_instructions
 from report import (
     FINAL,
@@ -218,8 +217,9 @@ def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
     return batches_by_length(instances, batch_size, size, idist.get_rank(), idist.get_world_size())
 
 
-def progress(name: str, loader: DataLoader) -> tqdm | ProgressLines:
-    return progress_of(sum(map(len, loader.batch_sampler)), name, "replies", shown=idist.get_rank() == 0)
+def progress(name: str, loader: DataLoader) -> tqdm:
+    total = sum(map(len, loader.batch_sampler))
+    return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
 
 
 def evaluate(

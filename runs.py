@@ -109,12 +109,9 @@ def open_log(folder: Path, step: int) -> Callable[[dict], None]:
     return append
 
 
-OF_ONE_START = "resume", "local_rank", "changed_dataset"  # options that are not the run's
-
-
 def write_settings(folder: Path, model, tokenizer, settings) -> None:
     """All of a run folder but the weights."""
-    options = {name: value for name, value in asdict(settings).items() if name not in OF_ONE_START}
+    options = {name: value for name, value in asdict(settings).items() if name not in ("resume", "local_rank")}
     with whole_files(folder) as partial:
         (partial / "training_args.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
@@ -208,20 +205,14 @@ def read_checkpoint(path: Path) -> dict:
 
 def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:
     """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
-    if state["size"] != size and not settings.changed_dataset:
+    if state["size"] != size:
         raise UserError(
             f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
-            "resume with the dataset it had, or pass --changed_dataset to go on with this one"
+            "resume with the dataset it had, or start a new run"
         )
     learner.load_state_dict(state["learner"])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
-    if state["size"] != size:  # of other utterances it is not known which ones were seen
-        progress.done = size if progress.done == state["size"] else 0
-        log.warning(
-            f"warning: the run was trained on {state['size']} utterances and goes on with {size}, "
-            "an epoch under way from its start"
-        )
     if progress.epoch > settings.n_epochs > 0:
         raise UserError(
             f"--n_epochs {settings.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more"

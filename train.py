@@ -22,6 +22,7 @@ import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
 from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 
@@ -44,9 +45,7 @@ from files import is_url, remove_unfinished, typed_path, whole_files
 from inputs import Batch, DialogRows, Instances, batches_by_length, sentences_inside
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
-from progress import training_progress
 from runs import (
-    OF_ONE_START,
     RUNS,
     Progress,
     launcher,
@@ -92,10 +91,6 @@ class TrainingSettings(LearningSettings, DatasetSettings):
         choices=("both", "adapter"),
         may_change=True,
     )
-    changed_dataset: bool = option(
-        False, "with --resume: go on though the dataset is not the one it was started with", may_change=True
-    )
-    dataset_digest: str = ""  # of the dataset's content, by which a run knows it
     base_model: str = ""  # the hub's id of what training started from; "" where it has none
     lora_base: str = ""  # what the adapter of --lora names as its base
 
@@ -154,9 +149,8 @@ def training_command(settings: TrainingSettings) -> str:
         left_out = value == known.default
         if known.default is None:  # then the other options decide it
             left_out = replace(settings, **{name: None}) == settings
-        if not left_out and name not in (*OF_ONE_START, "runs_dir", "dataset_cache", "device"):
-            flags = [f"--{name}"] if value is True else [f"--no_{name}"]
-            words += flags if isinstance(value, bool) else [f"--{name}", str(value)]
+        if not left_out and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
 
 
@@ -318,6 +312,29 @@ def sample_replies(learner: Learner, valid: Instances, tokenizer, seed: int) -> 
 
 
 @contextlib.contextmanager
+def progress_bars(trainer: Engine, evaluator: Engine) -> Iterator[None]:
+    """A bar for the steps of an epoch and one for the batches of an evaluation, while the body runs."""
+    layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+    bars = [
+        ProgressBar(bar_format=layout, desc="train", unit="step"),
+        ProgressBar(bar_format=layout, desc="evaluate", unit="batch"),
+    ]
+
+    def postfix(output: dict[str, float]) -> dict[str, float]:
+        skipped = {"skipped": output["skipped"]} if output["skipped"] else {}
+        return {name: output[name] for name in ("loss", "utterances/s")} | skipped
+
+    bars[0].attach(trainer, output_transform=postfix)
+    bars[1].attach(evaluator)
+    try:
+        yield
+    finally:
+        for bar in bars:
+            if bar.pbar is not None:
+                bar.pbar.close()  # so that what is said next begins a line of its own
+
+
+@contextlib.contextmanager
 def logging_to(
     folder: Path, trainer: Engine, evaluator: Engine, progress: Progress, sample: Callable[[], list[dict]]
 ) -> Iterator[None]:
@@ -436,7 +453,7 @@ class Run:
         sample = partial(sample_replies, self.learner, self.valid_set, self.tokenizer, settings.seed)
         with contextlib.ExitStack() as stack:
             if idist.get_rank() == 0:
-                stack.enter_context(training_progress(trainer, self.evaluator))
+                stack.enter_context(progress_bars(trainer, self.evaluator))
                 stack.enter_context(logging_to(self.folder, trainer, self.evaluator, progress, sample))
             # After the logging, so that every step in a checkpoint is already in log.jsonl.
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self.save_state_between_epochs)
@@ -483,23 +500,9 @@ def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
     return idist.all_gather(folder)[0]
 
 
-def recognize_dataset(settings: TrainingSettings, dialogs: Dialogs) -> TrainingSettings:
-    """The settings with the digest of their dataset: a run goes on with the same content, wherever it lies now.
-
-    Raises:
-        UserError: the content is not that of the dataset that the run was started with.
-    """
-    digest = " ".join(dialogs.digest).strip()
-    if settings.dataset_digest not in ("", digest) and not settings.changed_dataset:
-        raise UserError(
-            f"the content of {dialogs.name} is not what {settings.resume} was started with; pass --dataset_path that "
-            "dataset, or --changed_dataset to go on with this one"
-        )
-    return replace(settings, dataset_digest=digest)
-
-
-def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, device: torch.device):
+def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device):
     """The model, its tokenizer, and the instances to train and to validate on."""
+    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
     tokenizer.max_history = settings.max_history
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
@@ -551,12 +554,10 @@ def main() -> None:
     launchers = set(idist.all_gather(launcher())) - {""}
     folder = run_to_go_on_with(settings, launchers)
     state = newest_checkpoint(folder) if folder else None
-    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         # The run folder has it all but, with --lora, the frozen weights as they were.
         files = ModelFiles(folder) if state and not settings.lora else find_model(settings.lora_base or settings.model)
-        settings = recognize_dataset(settings, dialogs)
-        model, tokenizer, train, valid = prepare(settings, dialogs, files, device)
+        model, tokenizer, train, valid = prepare(settings, files, device)
     learner, progress = Learner(model, settings, device), Progress()
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes

@@ -14,12 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from cli import MAX_HISTORY, UserError, explain_errors, first_line, log, printable
 from dialogs import SPLIT_SEED, Dialogs
 from files import lock, typed_path, whole_files
 from model_files import ModelFiles
-from progress import track
 from records import FORMATS, NO_JSON, Dialog
 
 # ------------------------------------------------------------------------------------------------------------
@@ -438,13 +438,13 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
     numbers: dict[str, int] = {}
     arrays: dict[str, np.ndarray] = {}
     for split, split_dialogs in dialogs.splits.items():
-        bar = track(split_dialogs, f"read {split}", "dialogs", progress)
+        bar = tqdm(split_dialogs, f"read {split}", unit=" dialogs", disable=not progress)
         arrays |= number_strings(split, bar, numbers)
     del dialogs.splits  # what was parsed: from here on the distinct strings are enough
     if not len(arrays["valid.dialogs"]):
         raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
     tokens = Ragged()
-    strings = iter(track(numbers, "tokenise", "strings", progress))
+    strings = iter(tqdm(numbers, "tokenise", unit=" strings", disable=not progress))
     while chunk := list(islice(strings, 4096)):
         for ids in tokenizer.encode(chunk):
             tokens.append(ids)

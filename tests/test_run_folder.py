@@ -91,22 +91,6 @@ def card_of(folder: Path) -> tuple[ModelCard, dict[str, float], list[str]]:
     return loaded, {result.metric_name: result.metric_value for result in loaded.data.eval_results}, table
 
 
-def test_a_run_knows_its_dataset_by_its_content(options, tmp_path):
-    run_train(*options(tmp_path), "--n_epochs", 1)
-    folder, args = tmp_path / "latest", [str(option) for option in options(tmp_path)]
-    data = Path(args[args.index("--dataset_path") + 1])
-    moved, changed = tmp_path / "moved.json", tmp_path / "changed.json"
-    moved.write_bytes(data.read_bytes())
-    run_train("--resume", folder, "--dataset_path", moved, "--n_epochs", 2)
-    assert json.loads((folder / "training_args.json").read_text())["dataset_path"] == str(moved)
-    changed.write_text(data.read_text().replace(TEXTS[4], "what else ?"))
-    more = "--resume", folder, "--dataset_path", changed, "--n_epochs", 3
-    with pytest.raises(UserError, match="the content of .*changed.json is not what .* was started with"):
-        run_train(*more)
-    run_train(*more, "--changed_dataset")
-    assert [record["epoch"] for record in records(folder) if "nll" in record][-1] == 3
-
-
 def test_tensorboard(run):
     folder, _ = run
     found, steps = events(folder), [record for record in records(folder) if "loss" in record]
