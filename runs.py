@@ -109,9 +109,12 @@ def open_log(folder: Path, step: int) -> Callable[[dict], None]:
     return append
 
 
+OF_ONE_START = "resume", "local_rank", "changed_dataset"  # options that are not the run's
+
+
 def write_settings(folder: Path, model, tokenizer, settings) -> None:
     """All of a run folder but the weights."""
-    options = {name: value for name, value in asdict(settings).items() if name not in ("resume", "local_rank")}
+    options = {name: value for name, value in asdict(settings).items() if name not in OF_ONE_START}
     with whole_files(folder) as partial:
         (partial / "training_args.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
@@ -150,15 +153,20 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(folder: Path, learner, progress: Progress, size: int) -> None:
+def save_checkpoint(folder: Path, learner, progress: Progress, size: int, digest: str) -> None:
     """Write all that training needs to go on from here to `folder`/checkpoints; the last two are kept.
 
     Every process must call it. The file holds tensors and plain containers only.
+
+    Args:
+        size: utterances of the training data.
+        digest: of the dataset's content.
     """
     generators = idist.all_gather(random_states(learner.device))
     if idist.get_rank() != 0:
         return
-    state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
+    state = {"progress": asdict(progress), "size": size, "dataset": digest}
+    state |= {"generators": generators, "learner": learner.state_dict()}
     make_folder(folder / "checkpoints")
     name = f"step-{progress.step:09d}.pt"
     with whole_files(folder / "checkpoints") as partial:
@@ -205,14 +213,18 @@ def read_checkpoint(path: Path) -> dict:
 
 def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:
     """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
-    if state["size"] != size:
+    changed = (state["size"], state.get("dataset", settings.dataset_digest)) != (size, settings.dataset_digest)
+    if changed and not settings.changed_dataset:
         raise UserError(
-            f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
-            "resume with the dataset it had, or start a new run"
+            f"the run was trained on other data, of {state['size']} utterances where there are {size} now; "
+            "resume with the dataset it had, or pass --changed_dataset to go on with this one"
         )
     learner.load_state_dict(state["learner"])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
+    if changed:  # of other utterances it is not known which ones were seen
+        progress.done = size if progress.done == state["size"] else 0
+        log.warning("warning: the run goes on with other data, an epoch under way from its start")
     if progress.epoch > settings.n_epochs > 0:
         raise UserError(
             f"--n_epochs {settings.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more"

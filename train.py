@@ -46,6 +46,7 @@ from inputs import Batch, DialogRows, Instances, batches_by_length, sentences_in
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
 from runs import (
+    OF_ONE_START,
     RUNS,
     Progress,
     launcher,
@@ -91,6 +92,10 @@ class TrainingSettings(LearningSettings, DatasetSettings):
         choices=("both", "adapter"),
         may_change=True,
     )
+    changed_dataset: bool = option(
+        False, "with --resume: go on though the dataset is not the one it was started with", may_change=True
+    )
+    dataset_digest: str = ""  # of the dataset's content, by which a run knows it
     base_model: str = ""  # the hub's id of what training started from; "" where it has none
     lora_base: str = ""  # what the adapter of --lora names as its base
 
@@ -149,7 +154,7 @@ def training_command(settings: TrainingSettings) -> str:
         left_out = value == known.default
         if known.default is None:  # then the other options decide it
             left_out = replace(settings, **{name: None}) == settings
-        if not left_out and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
+        if not left_out and name not in (*OF_ONE_START, "runs_dir", "dataset_cache", "device"):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
 
@@ -410,7 +415,8 @@ class Run:
         self.evaluator = build_evaluator(learner, self.stop)
 
     def save_state(self) -> None:
-        save_checkpoint(self.folder, self.learner, self.progress, self.train_set.n_replies)
+        data = self.train_set.n_replies, self.settings.dataset_digest
+        save_checkpoint(self.folder, self.learner, self.progress, *data)
 
     def save_state_between_epochs(self) -> None:
         every, progress = self.settings.save_every, self.progress
@@ -500,9 +506,23 @@ def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
     return idist.all_gather(folder)[0]
 
 
-def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device):
+def recognize_dataset(settings: TrainingSettings, dialogs: Dialogs) -> TrainingSettings:
+    """The settings with the digest of their dataset: a run goes on with the same content, wherever it lies now.
+
+    Raises:
+        UserError: the content is not that of the dataset that the run was started with.
+    """
+    digest = " ".join(dialogs.digest).strip()
+    if settings.dataset_digest not in ("", digest) and not settings.changed_dataset:
+        raise UserError(
+            f"the content of {dialogs.name} is not what {settings.resume} was started with; pass --dataset_path that "
+            "dataset, or --changed_dataset to go on with this one"
+        )
+    return replace(settings, dataset_digest=digest)
+
+
+def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, device: torch.device):
     """The model, its tokenizer, and the instances to train and to validate on."""
-    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
     tokenizer.max_history = settings.max_history
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
@@ -554,10 +574,12 @@ def main() -> None:
     launchers = set(idist.all_gather(launcher())) - {""}
     folder = run_to_go_on_with(settings, launchers)
     state = newest_checkpoint(folder) if folder else None
+    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+        settings = recognize_dataset(settings, dialogs)
         # The run folder has it all but, with --lora, the frozen weights as they were.
         files = ModelFiles(folder) if state and not settings.lora else find_model(settings.lora_base or settings.model)
-        model, tokenizer, train, valid = prepare(settings, files, device)
+        model, tokenizer, train, valid = prepare(settings, dialogs, files, device)
     learner, progress = Learner(model, settings, device), Progress()
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
