@@ -4,7 +4,6 @@ One process, or many under torchrun: every process holds the whole model and tak
 """
 
 import contextlib
-import gc
 import json
 import logging
 import math
@@ -13,16 +12,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
 from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 
@@ -37,22 +33,24 @@ from cli import (
     join_processes,
     log,
     option,
-    printable,
     run_script,
 )
 from dialogs import Dialogs
-from files import is_url, remove_unfinished, typed_path, whole_files
+from files import is_url, typed_path, whole_files
 from inputs import Batch, DialogRows, Instances, batches_by_length, sentences_inside
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
+from processes import StopSignal, launch_command, launcher, leave_processes
 from runs import (
     OF_ONE_START,
     RUNS,
     Progress,
-    launcher,
+    hold_run,
+    logging_to,
     new_run_folder,
     newest_checkpoint,
-    open_log,
+    progress_bars,
+    recognize_dataset,
     restore,
     run_of_launchers,
     save_checkpoint,
@@ -160,47 +158,6 @@ def training_command(settings: TrainingSettings) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes and signals
-# ------------------------------------------------------------------------------------------------------------
-
-
-def launch_command() -> str:
-    """What starts as many processes as there are now."""
-    size = idist.get_world_size()
-    return "python" if size == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size)}"
-
-
-def leave_processes(learner: "Learner") -> None:
-    """Leave the process group, if this process is in one."""
-    if dist.is_initialized():
-        # DDP must go before the group. As the last to hold the group, it can wait for the group's threads for ever.
-        learner.parallel = learner.model
-        gc.collect()
-        dist.destroy_process_group()
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C while it is entered, so that training ends at the next step. A second Ctrl-C kills."""
-
-    number = 0
-
-    def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame) -> None:
-        self.number = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") == "0":
-            # os.write, since a signal may come in the middle of another write
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Trainer and evaluator
 # ------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +171,7 @@ def build_trainer(
 
     def step(engine: Engine, share: tuple[list[Batch], int]) -> dict[str, float]:
         learner.model.train()
-        output = optimizer_step(learner, *share, bool(stop.number), settings)
+        output = optimizer_step(learner, *share, stop.asked, settings)
         progress.count_step(sampler, math.isfinite(output["loss"]) and math.isfinite(output["gradient_norm"]))
         if progress.skipped_in_a_row == PATIENCE:
             raise UserError(
@@ -253,7 +210,7 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
 
     @torch.inference_mode()
     def evaluate(engine: Engine, batch: Batch | None) -> None:
-        if stop.number:
+        if stop.asked:
             engine.terminate()
         elif batch is not None:
             batch = batch.to(learner.device)
@@ -275,7 +232,7 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
     @evaluator.on(Events.COMPLETED)
     def compute(engine: Engine) -> None:
         sums = engine.state.sums.values()
-        nll, tokens, hits, utterances, stops = sum_over_processes(*sums, bool(stop.number), device=learner.device)
+        nll, tokens, hits, utterances, stops = sum_over_processes(*sums, stop.asked, device=learner.device)
         if stops:
             raise Stopped
         nll, hits = nll / tokens, hits / utterances
@@ -314,71 +271,6 @@ def sample_replies(learner: Learner, valid: Instances, tokenizer, seed: int) -> 
 # ------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def progress_bars(trainer: Engine, evaluator: Engine) -> Iterator[None]:
-    """A bar for the steps of an epoch and one for the batches of an evaluation, while the body runs."""
-    layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-    bars = [
-        ProgressBar(bar_format=layout, desc="train", unit="step"),
-        ProgressBar(bar_format=layout, desc="evaluate", unit="batch"),
-    ]
-
-    def postfix(output: dict[str, float]) -> dict[str, float]:
-        skipped = {"skipped": output["skipped"]} if output["skipped"] else {}
-        return {name: output[name] for name in ("loss", "utterances/s")} | skipped
-
-    bars[0].attach(trainer, output_transform=postfix)
-    bars[1].attach(evaluator)
-    try:
-        yield
-    finally:
-        for bar in bars:
-            if bar.pbar is not None:
-                bar.pbar.close()  # so that what is said next begins a line of its own
-
-
-@contextlib.contextmanager
-def logging_to(
-    folder: Path, trainer: Engine, evaluator: Engine, progress: Progress, sample: Callable[[], list[dict]]
-) -> Iterator[None]:
-    """Write `log.jsonl` and TensorBoard events while the body runs.
-
-    Args:
-        sample: gives the replies that are shown after each evaluation.
-    """
-    from tensorboardX import SummaryWriter
-
-    append = open_log(folder, progress.step)
-    board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
-
-    def record(tag: str, scalars: dict[str, float]) -> None:
-        append({"step": progress.step, "epoch": progress.epoch} | scalars)
-        for name, value in scalars.items():
-            board.add_scalar(f"{tag}/{name}", value, progress.step)
-
-    @trainer.on(Events.ITERATION_COMPLETED)
-    def tell_step() -> None:
-        record("training", trainer.state.output)
-
-    @evaluator.on(Events.COMPLETED)
-    def tell_validation() -> None:
-        metrics = evaluator.state.metrics
-        record("validation", metrics)
-        log.info(
-            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
-            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
-        )
-        replies = sample() if math.isfinite(metrics["nll"]) else []  # else there is nothing to draw from
-        append({"step": progress.step, "epoch": progress.epoch, "replies": replies})
-        for i, reply in enumerate(replies, 1):
-            log.info(f"  {printable(reply['history'])[-60:]} -> {reply['reply']}")
-            lines = [f"    {name}: {' '.join(text) if name == 'persona' else text}" for name, text in reply.items()]
-            board.add_text(f"replies/{i}", "\n".join(lines), progress.step)
-
-    with board:
-        yield
 
 
 class Run:
@@ -506,21 +398,6 @@ def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
     return idist.all_gather(folder)[0]
 
 
-def recognize_dataset(settings: TrainingSettings, dialogs: Dialogs) -> TrainingSettings:
-    """The settings with the digest of their dataset: a run goes on with the same content, wherever it lies now.
-
-    Raises:
-        UserError: the content is not that of the dataset that the run was started with.
-    """
-    digest = " ".join(dialogs.digest).strip()
-    if settings.dataset_digest not in ("", digest) and not settings.changed_dataset:
-        raise UserError(
-            f"the content of {dialogs.name} is not what {settings.resume} was started with; pass --dataset_path that "
-            "dataset, or --changed_dataset to go on with this one"
-        )
-    return replace(settings, dataset_digest=digest)
-
-
 def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, device: torch.device):
     """The model, its tokenizer, and the instances to train and to validate on."""
     tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
@@ -564,15 +441,16 @@ def tell_sizes(learner: Learner, train: Instances | DialogRows, valid: Instances
         )
 
 
-def main() -> None:
-    settings = parse_settings()
-    device = join_processes(settings.device, settings.local_rank)
-    manual_seed(settings.seed)
-    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
-    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
+def train_run(settings: TrainingSettings, device: torch.device, held: contextlib.ExitStack) -> None:
+    """Begin a run or go on with one, and train to its end.
 
+    Args:
+        held: gets the lock of the run folder.
+    """
     launchers = set(idist.all_gather(launcher())) - {""}
     folder = run_to_go_on_with(settings, launchers)
+    if folder:
+        hold_run(folder, held)
     state = newest_checkpoint(folder) if folder else None
     dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
@@ -587,10 +465,10 @@ def main() -> None:
         restore(state, learner, progress, train.n_replies, settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     del state
-    folder = folder or begin_run(settings, launchers)
+    if not folder:
+        folder = begin_run(settings, launchers)
+        hold_run(folder, held)
     if idist.get_rank() == 0:
-        remove_unfinished(folder)
-        remove_unfinished(folder / "checkpoints")
         write_settings(folder, model, tokenizer, settings)
     Run(settings, folder, tokenizer, learner, progress, train, valid).train_or_stop()
     dataset = f" --dataset_path {shlex.quote(settings.dataset_path)}" if settings.dataset_path else ""
@@ -598,6 +476,17 @@ def main() -> None:
         f"saved in {folder}\ntalk to it: python interact.py --model_checkpoint {shlex.quote(str(folder))}{dataset}"
     )
     leave_processes(learner)
+
+
+def main() -> None:
+    settings = parse_settings()
+    device = join_processes(settings.device, settings.local_rank)
+    manual_seed(settings.seed)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
+
+    with contextlib.ExitStack() as held:  # a lock of the run folder
+        train_run(settings, device, held)
 
 
 if __name__ == "__main__":

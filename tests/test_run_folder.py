@@ -1,9 +1,12 @@
 """What a run folder shows of a run: TensorBoard events, sampled replies, curves.png and the model card."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import shutil
+import socket
 import struct
 import sys
 from collections import defaultdict
@@ -18,6 +21,7 @@ from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 import card
+import files
 import runs
 import train
 from cli import Decoding, UserError, log
@@ -260,6 +264,39 @@ def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
 def test_base_model_is_one_of_the_hub(model, known, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", model])
     assert train.parse_settings().base_model == known
+
+
+def test_a_run_in_use_is_refused(run, tmp_path):
+    """Until who uses it has ended; and what one left there that was killed goes, but nothing else."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    left = [folder / name / ".saving-.x" for name in ("", "checkpoints", "adapter")]
+    other = folder / ".saving-cache.bin.x"  # somebody's dataset cache, which has a lock of its own
+    for each in (*left, other):
+        each.mkdir(parents=True)
+    before = (folder / "log.jsonl").read_bytes()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with contextlib.ExitStack() as held:
+        runs.hold_run(folder, held)
+        assert [each.exists() for each in (*left, other)] == [False] * 3 + [True]
+        left[0].mkdir()  # by who holds it
+        with pytest.raises(UserError, match=f"^{folder} is in use by {holder}; wait until it ends"):
+            run_train("--resume", folder, "--n_epochs", 3)
+        assert (folder / "log.jsonl").read_bytes() == before and left[0].exists()
+    run_train("--resume", folder, "--n_epochs", 3)
+    assert len(losses(folder)) == 9
+
+
+def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caplog):
+    def no_locks(self, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.FileLock, "acquire", no_locks)
+    for wait in (False, True):
+        with files.lock(tmp_path / "x", wait):
+            pass
+    (said,) = caplog.messages
+    assert f"the file system of {tmp_path} has no locks" in said
 
 
 def test_a_full_disk_keeps_card_and_weights_of_before(run, tmp_path, monkeypatch):
