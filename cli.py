@@ -256,7 +256,7 @@ class CommonSettings(Settings):
     pre_tokenizer: str | None = option(
         None, "how openai-gpt's text is cut into words; default: as its folder says", choices=("spacy", "basic")
     )
-    dataset_path: str = option("", "path or URL of a dataset; empty: download PersonaChat")
+    dataset_path: str = option("", "path or URL of a dataset; empty: download PersonaChat", may_change=True)
     dataset_cache: str = option("./dataset_cache.bin", "where the tokenised dataset is kept", may_change=True)
     max_history: int | None = option(
         None,
@@ -272,7 +272,7 @@ class CommonSettings(Settings):
 class DatasetSettings(CommonSettings):
     """Options of the scripts that read a whole dataset, in one process or many."""
 
-    valid_path: str = option("", "path or URL of the validation data, if --dataset_path has none")
+    valid_path: str = option("", "path or URL of the validation data, if --dataset_path has none", may_change=True)
     local_rank: int = option(-1, "set by launchers", aliases=("local-rank",), may_change=True)
 
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from cli import (
     RERANK,
@@ -30,6 +29,7 @@ from dialogs import Dialogs
 from inputs import Batch, Instances, batches_by_length, sentences_inside
 from metrics import Spelling, WordModel, distinct, gold_ranks, reply_columns
 from model_files import find_finetuned_model
+from progress import progress_bar
 from prompts import ChatInstances, ChatTemplate, read_instructions
 from report import (
     FINAL,
@@ -217,9 +217,9 @@ def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
     return batches_by_length(instances, batch_size, size, idist.get_rank(), idist.get_world_size())
 
 
-def progress(name: str, loader: DataLoader) -> tqdm:
+def progress(name: str, loader: DataLoader):
     total = sum(map(len, loader.batch_sampler))
-    return tqdm(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
+    return progress_bar(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
 
 
 def evaluate(

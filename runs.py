@@ -1,20 +1,26 @@
 """What a run leaves: its folder, settings, log, checkpoints to resume from, curves and model card."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import ignite.distributed as idist
 import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
 
-from cli import UserError, first_line, log
-from files import make_folder, whole_files
+from cli import UserError, first_line, log, printable
+from files import lock, make_folder, remove_unfinished, whole_files
+from model_files import ADAPTER
+from progress import progress_bar
 
 RUNS = Path(__file__).resolve().parent / "runs"
 
@@ -62,13 +68,25 @@ def point_latest_to(folder: Path) -> None:
         raise UserError(f"cannot write {folder.parent}/latest: {error.strerror}; remove it") from error
 
 
-def launcher() -> str:
-    """Names the torchrun agent that started this process, alike after an elastic restart; "" without one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ""
-    # An agent logs the errors of its processes in a folder of its own, <name>/attempt_<n>/<local rank>/error.json
-    agent_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
-    return f"{socket.gethostname()}:{os.getppid()}:{agent_folder.name}"
+def hold_run(folder: Path, held: contextlib.ExitStack) -> None:
+    """Let nobody else write to a run folder until `held` ends; what a killed process left there is removed.
+
+    Every process must call it.
+
+    Raises:
+        UserError: another training uses the folder.
+    """
+    refusal = ""
+    if idist.get_rank() == 0:
+        try:
+            held.enter_context(lock(folder / ".run", wait=False))
+            for each in (folder, folder / "checkpoints", folder / ADAPTER):
+                remove_unfinished(each)
+        except UserError as error:
+            refusal = str(error)
+    refusal = idist.all_gather(refusal)[0]
+    if refusal:
+        raise UserError(refusal)
 
 
 def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
@@ -109,9 +127,27 @@ def open_log(folder: Path, step: int) -> Callable[[dict], None]:
     return append
 
 
+def recognize_dataset(settings, dialogs):
+    """The settings with the digest of their dataset: a run goes on with the same content, wherever it lies now.
+
+    Raises:
+        UserError: the content is not that of the dataset that the run was started with.
+    """
+    digest = " ".join(dialogs.digest).strip()
+    if settings.dataset_digest not in ("", digest) and not settings.changed_dataset:
+        raise UserError(
+            f"the content of {dialogs.name} is not what {settings.resume} was started with; pass --dataset_path that "
+            "dataset, or --changed_dataset to go on with this one"
+        )
+    return replace(settings, dataset_digest=digest)
+
+
+OF_ONE_START = "resume", "local_rank", "changed_dataset"  # options that are not the run's
+
+
 def write_settings(folder: Path, model, tokenizer, settings) -> None:
     """All of a run folder but the weights."""
-    options = {name: value for name, value in asdict(settings).items() if name not in ("resume", "local_rank")}
+    options = {name: value for name, value in asdict(settings).items() if name not in OF_ONE_START}
     with whole_files(folder) as partial:
         (partial / "training_args.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
@@ -150,15 +186,20 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(folder: Path, learner, progress: Progress, size: int) -> None:
+def save_checkpoint(folder: Path, learner, progress: Progress, size: int, digest: str) -> None:
     """Write all that training needs to go on from here to `folder`/checkpoints; the last two are kept.
 
     Every process must call it. The file holds tensors and plain containers only.
+
+    Args:
+        size: utterances of the training data.
+        digest: of the dataset's content.
     """
     generators = idist.all_gather(random_states(learner.device))
     if idist.get_rank() != 0:
         return
-    state = {"progress": asdict(progress), "size": size, "generators": generators, "learner": learner.state_dict()}
+    state = {"progress": asdict(progress), "size": size, "dataset": digest}
+    state |= {"generators": generators, "learner": learner.state_dict()}
     make_folder(folder / "checkpoints")
     name = f"step-{progress.step:09d}.pt"
     with whole_files(folder / "checkpoints") as partial:
@@ -205,14 +246,18 @@ def read_checkpoint(path: Path) -> dict:
 
 def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:
     """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
-    if state["size"] != size:
+    changed = (state["size"], state.get("dataset", settings.dataset_digest)) != (size, settings.dataset_digest)
+    if changed and not settings.changed_dataset:
         raise UserError(
-            f"the run was trained on {state['size']} utterances and the dataset now gives {size}; "
-            "resume with the dataset it had, or start a new run"
+            f"the run was trained on other data, of {state['size']} utterances where there are {size} now; "
+            "resume with the dataset it had, or pass --changed_dataset to go on with this one"
         )
     learner.load_state_dict(state["learner"])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
+    if changed:  # of other utterances it is not known which ones were seen
+        progress.done = size if progress.done == state["size"] else 0
+        log.warning("warning: the run goes on with other data, an epoch under way from its start")
     if progress.epoch > settings.n_epochs > 0:
         raise UserError(
             f"--n_epochs {settings.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more"
@@ -225,3 +270,76 @@ def restore(state: dict, learner, progress: Progress, size: int, settings) -> No
             torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
     else:
         torch.manual_seed(hash((settings.seed, progress.step, rank)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is told while it trains
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress_bars(trainer: Engine, evaluator: Engine) -> Iterator[None]:
+    """A bar for the steps of an epoch and one for the batches of an evaluation, while the body runs;
+    lines, where standard error is no terminal."""
+    layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+    bars = [
+        ProgressBar(bar_format=layout, desc="train", unit="step"),
+        ProgressBar(bar_format=layout, desc="evaluate", unit="batch"),
+    ]
+    for bar in bars:
+        bar.pbar_cls = progress_bar
+
+    def postfix(output: dict[str, float]) -> dict[str, float]:
+        skipped = {"skipped": output["skipped"]} if output["skipped"] else {}
+        return {name: output[name] for name in ("loss", "utterances/s")} | skipped
+
+    bars[0].attach(trainer, output_transform=postfix)
+    bars[1].attach(evaluator)
+    try:
+        yield
+    finally:
+        for bar in bars:
+            if bar.pbar is not None:
+                bar.pbar.close()  # so that what is said next begins a line of its own
+
+
+@contextlib.contextmanager
+def logging_to(
+    folder: Path, trainer: Engine, evaluator: Engine, progress: Progress, sample: Callable[[], list[dict]]
+) -> Iterator[None]:
+    """Write `log.jsonl` and TensorBoard events while the body runs.
+
+    Args:
+        sample: gives the replies that are shown after each evaluation.
+    """
+    from tensorboardX import SummaryWriter
+
+    append = open_log(folder, progress.step)
+    board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
+
+    def record(tag: str, scalars: dict[str, float]) -> None:
+        append({"step": progress.step, "epoch": progress.epoch} | scalars)
+        for name, value in scalars.items():
+            board.add_scalar(f"{tag}/{name}", value, progress.step)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def tell_step() -> None:
+        record("training", trainer.state.output)
+
+    @evaluator.on(Events.COMPLETED)
+    def tell_validation() -> None:
+        metrics = evaluator.state.metrics
+        record("validation", metrics)
+        log.info(
+            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
+            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
+        )
+        replies = sample() if math.isfinite(metrics["nll"]) else []  # else there is nothing to draw from
+        append({"step": progress.step, "epoch": progress.epoch, "replies": replies})
+        for i, reply in enumerate(replies, 1):
+            log.info(f"  {printable(reply['history'])[-60:]} -> {reply['reply']}")
+            lines = [f"    {name}: {' '.join(text) if name == 'persona' else text}" for name, text in reply.items()]
+            board.add_text(f"replies/{i}", "\n".join(lines), progress.step)
+
+    with board:
+        yield

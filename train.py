@@ -4,7 +4,6 @@ One process, or many under torchrun: every process holds the whole model and tak
 """
 
 import contextlib
-import gc
 import json
 import logging
 import math
@@ -13,16 +12,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
 from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 
@@ -37,21 +33,24 @@ from cli import (
     join_processes,
     log,
     option,
-    printable,
     run_script,
 )
 from dialogs import Dialogs
-from files import is_url, remove_unfinished, typed_path, whole_files
+from files import is_url, typed_path, whole_files
 from inputs import Batch, DialogRows, Instances, batches_by_length, sentences_inside
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
+from processes import StopSignal, launch_command, launcher, leave_processes
 from runs import (
+    OF_ONE_START,
     RUNS,
     Progress,
-    launcher,
+    hold_run,
+    logging_to,
     new_run_folder,
     newest_checkpoint,
-    open_log,
+    progress_bars,
+    recognize_dataset,
     restore,
     run_of_launchers,
     save_checkpoint,
@@ -91,6 +90,10 @@ class TrainingSettings(LearningSettings, DatasetSettings):
         choices=("both", "adapter"),
         may_change=True,
     )
+    changed_dataset: bool = option(
+        False, "with --resume: go on though the dataset is not the one it was started with", may_change=True
+    )
+    dataset_digest: str = ""  # of the dataset's content, by which a run knows it
     base_model: str = ""  # the hub's id of what training started from; "" where it has none
     lora_base: str = ""  # what the adapter of --lora names as its base
 
@@ -149,50 +152,9 @@ def training_command(settings: TrainingSettings) -> str:
         left_out = value == known.default
         if known.default is None:  # then the other options decide it
             left_out = replace(settings, **{name: None}) == settings
-        if not left_out and name not in ("resume", "local_rank", "runs_dir", "dataset_cache", "device"):
+        if not left_out and name not in (*OF_ONE_START, "runs_dir", "dataset_cache", "device"):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes and signals
-# ------------------------------------------------------------------------------------------------------------
-
-
-def launch_command() -> str:
-    """What starts as many processes as there are now."""
-    size = idist.get_world_size()
-    return "python" if size == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size)}"
-
-
-def leave_processes(learner: "Learner") -> None:
-    """Leave the process group, if this process is in one."""
-    if dist.is_initialized():
-        # DDP must go before the group. As the last to hold the group, it can wait for the group's threads for ever.
-        learner.parallel = learner.model
-        gc.collect()
-        dist.destroy_process_group()
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C while it is entered, so that training ends at the next step. A second Ctrl-C kills."""
-
-    number = 0
-
-    def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame) -> None:
-        self.number = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") == "0":
-            # os.write, since a signal may come in the middle of another write
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -209,7 +171,7 @@ def build_trainer(
 
     def step(engine: Engine, share: tuple[list[Batch], int]) -> dict[str, float]:
         learner.model.train()
-        output = optimizer_step(learner, *share, bool(stop.number), settings)
+        output = optimizer_step(learner, *share, stop.asked, settings)
         progress.count_step(sampler, math.isfinite(output["loss"]) and math.isfinite(output["gradient_norm"]))
         if progress.skipped_in_a_row == PATIENCE:
             raise UserError(
@@ -248,7 +210,7 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
 
     @torch.inference_mode()
     def evaluate(engine: Engine, batch: Batch | None) -> None:
-        if stop.number:
+        if stop.asked:
             engine.terminate()
         elif batch is not None:
             batch = batch.to(learner.device)
@@ -270,7 +232,7 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
     @evaluator.on(Events.COMPLETED)
     def compute(engine: Engine) -> None:
         sums = engine.state.sums.values()
-        nll, tokens, hits, utterances, stops = sum_over_processes(*sums, bool(stop.number), device=learner.device)
+        nll, tokens, hits, utterances, stops = sum_over_processes(*sums, stop.asked, device=learner.device)
         if stops:
             raise Stopped
         nll, hits = nll / tokens, hits / utterances
@@ -311,71 +273,6 @@ def sample_replies(learner: Learner, valid: Instances, tokenizer, seed: int) -> 
 # ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def progress_bars(trainer: Engine, evaluator: Engine) -> Iterator[None]:
-    """A bar for the steps of an epoch and one for the batches of an evaluation, while the body runs."""
-    layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-    bars = [
-        ProgressBar(bar_format=layout, desc="train", unit="step"),
-        ProgressBar(bar_format=layout, desc="evaluate", unit="batch"),
-    ]
-
-    def postfix(output: dict[str, float]) -> dict[str, float]:
-        skipped = {"skipped": output["skipped"]} if output["skipped"] else {}
-        return {name: output[name] for name in ("loss", "utterances/s")} | skipped
-
-    bars[0].attach(trainer, output_transform=postfix)
-    bars[1].attach(evaluator)
-    try:
-        yield
-    finally:
-        for bar in bars:
-            if bar.pbar is not None:
-                bar.pbar.close()  # so that what is said next begins a line of its own
-
-
-@contextlib.contextmanager
-def logging_to(
-    folder: Path, trainer: Engine, evaluator: Engine, progress: Progress, sample: Callable[[], list[dict]]
-) -> Iterator[None]:
-    """Write `log.jsonl` and TensorBoard events while the body runs.
-
-    Args:
-        sample: gives the replies that are shown after each evaluation.
-    """
-    from tensorboardX import SummaryWriter
-
-    append = open_log(folder, progress.step)
-    board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
-
-    def record(tag: str, scalars: dict[str, float]) -> None:
-        append({"step": progress.step, "epoch": progress.epoch} | scalars)
-        for name, value in scalars.items():
-            board.add_scalar(f"{tag}/{name}", value, progress.step)
-
-    @trainer.on(Events.ITERATION_COMPLETED)
-    def tell_step() -> None:
-        record("training", trainer.state.output)
-
-    @evaluator.on(Events.COMPLETED)
-    def tell_validation() -> None:
-        metrics = evaluator.state.metrics
-        record("validation", metrics)
-        log.info(
-            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
-            f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
-        )
-        replies = sample() if math.isfinite(metrics["nll"]) else []  # else there is nothing to draw from
-        append({"step": progress.step, "epoch": progress.epoch, "replies": replies})
-        for i, reply in enumerate(replies, 1):
-            log.info(f"  {printable(reply['history'])[-60:]} -> {reply['reply']}")
-            lines = [f"    {name}: {' '.join(text) if name == 'persona' else text}" for name, text in reply.items()]
-            board.add_text(f"replies/{i}", "\n".join(lines), progress.step)
-
-    with board:
-        yield
-
-
 class Run:
     """A training: what is trained, on what, and the folder that it is written to."""
 
@@ -410,7 +307,8 @@ class Run:
         self.evaluator = build_evaluator(learner, self.stop)
 
     def save_state(self) -> None:
-        save_checkpoint(self.folder, self.learner, self.progress, self.train_set.n_replies)
+        data = self.train_set.n_replies, self.settings.dataset_digest
+        save_checkpoint(self.folder, self.learner, self.progress, *data)
 
     def save_state_between_epochs(self) -> None:
         every, progress = self.settings.save_every, self.progress
@@ -500,9 +398,8 @@ def begin_run(settings: TrainingSettings, launchers: set[str]) -> Path:
     return idist.all_gather(folder)[0]
 
 
-def prepare(settings: TrainingSettings, files: ModelFiles, device: torch.device):
+def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, device: torch.device):
     """The model, its tokenizer, and the instances to train and to validate on."""
-    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
     tokenizer.max_history = settings.max_history
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
@@ -544,20 +441,23 @@ def tell_sizes(learner: Learner, train: Instances | DialogRows, valid: Instances
         )
 
 
-def main() -> None:
-    settings = parse_settings()
-    device = join_processes(settings.device, settings.local_rank)
-    manual_seed(settings.seed)
-    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
-    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
+def train_run(settings: TrainingSettings, device: torch.device, held: contextlib.ExitStack) -> None:
+    """Begin a run or go on with one, and train to its end.
 
+    Args:
+        held: gets the lock of the run folder.
+    """
     launchers = set(idist.all_gather(launcher())) - {""}
     folder = run_to_go_on_with(settings, launchers)
+    if folder:
+        hold_run(folder, held)
     state = newest_checkpoint(folder) if folder else None
+    dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
+        settings = recognize_dataset(settings, dialogs)
         # The run folder has it all but, with --lora, the frozen weights as they were.
         files = ModelFiles(folder) if state and not settings.lora else find_model(settings.lora_base or settings.model)
-        model, tokenizer, train, valid = prepare(settings, files, device)
+        model, tokenizer, train, valid = prepare(settings, dialogs, files, device)
     learner, progress = Learner(model, settings, device), Progress()
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
@@ -565,10 +465,10 @@ def main() -> None:
         restore(state, learner, progress, train.n_replies, settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     del state
-    folder = folder or begin_run(settings, launchers)
+    if not folder:
+        folder = begin_run(settings, launchers)
+        hold_run(folder, held)
     if idist.get_rank() == 0:
-        remove_unfinished(folder)
-        remove_unfinished(folder / "checkpoints")
         write_settings(folder, model, tokenizer, settings)
     Run(settings, folder, tokenizer, learner, progress, train, valid).train_or_stop()
     dataset = f" --dataset_path {shlex.quote(settings.dataset_path)}" if settings.dataset_path else ""
@@ -576,6 +476,17 @@ def main() -> None:
         f"saved in {folder}\ntalk to it: python interact.py --model_checkpoint {shlex.quote(str(folder))}{dataset}"
     )
     leave_processes(learner)
+
+
+def main() -> None:
+    settings = parse_settings()
+    device = join_processes(settings.device, settings.local_rank)
+    manual_seed(settings.seed)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
+
+    with contextlib.ExitStack() as held:  # a lock of the run folder
+        train_run(settings, device, held)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cli import MAX_HISTORY, UserError, explain_errors, first_line, log, printable
 from dialogs import SPLIT_SEED, Dialogs
-from files import lock, typed_path, whole_files
+from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
+from progress import progress_bar
 from records import FORMATS, NO_JSON, Dialog
 
 # ------------------------------------------------------------------------------------------------------------
@@ -424,6 +424,7 @@ def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progr
     key = hashlib.sha256(content.encode()).hexdigest()
     path = path.with_name(f"{path.stem}_{key[:12]}{path.suffix}")
     with lock(path):
+        remove_unfinished(path.parent, f"{UNFINISHED}{path.name}.")
         arrays = read_cache(path, key)
         if arrays is None:
             started = time.monotonic()
@@ -438,13 +439,13 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
     numbers: dict[str, int] = {}
     arrays: dict[str, np.ndarray] = {}
     for split, split_dialogs in dialogs.splits.items():
-        bar = tqdm(split_dialogs, f"read {split}", unit=" dialogs", disable=not progress)
+        bar = progress_bar(split_dialogs, f"read {split}", unit=" dialogs", disable=not progress)
         arrays |= number_strings(split, bar, numbers)
     del dialogs.splits  # what was parsed: from here on the distinct strings are enough
     if not len(arrays["valid.dialogs"]):
         raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
     tokens = Ragged()
-    strings = iter(tqdm(numbers, "tokenise", unit=" strings", disable=not progress))
+    strings = iter(progress_bar(numbers, "tokenise", unit=" strings", disable=not progress))
     while chunk := list(islice(strings, 4096)):
         for ids in tokenizer.encode(chunk):
             tokens.append(ids)
@@ -512,7 +513,7 @@ def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     """Write a cache file. `read_cache` returns it for the same key alone."""
     from safetensors.numpy import save_file
 
-    with whole_files(path.parent) as unfinished:
+    with whole_files(path.parent, owner=path.name) as unfinished:
         save_file(arrays, unfinished / path.name, metadata={"key": key, "checksum": checksum(arrays)})
 
 

@@ -113,9 +113,9 @@ def lock_asked(monkeypatch) -> threading.Semaphore:
     """Goes up by one each time that the lock of a file is asked for."""
     asked = threading.Semaphore(0)
 
-    def lock(path: str) -> FileLock:
+    def lock(path: str, **options) -> FileLock:
         asked.release()
-        return FileLock(path)
+        return FileLock(path, **options)
 
     monkeypatch.setattr(files, "FileLock", lock)
     return asked

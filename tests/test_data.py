@@ -541,6 +541,17 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(cache, write, tm
         load_dataset(Dialogs(write(dialog_lines(3))), CountingTokenizer(), cache, progress=False)
 
 
+def test_what_a_killed_process_left_beside_the_cache_goes(write, tmp_path):
+    """Where it is of this cache; another one may be written at this moment."""
+    path, cache = write(dialog_lines(3)), tmp_path / "cache" / "of.bin"
+    load(path, cache)
+    (file,) = cache_files(cache.parent)
+    mine, other = (file.with_name(f".saving-{name}.x") for name in (file.name, "other.bin"))
+    mine.mkdir(), other.mkdir()
+    load(path, cache)
+    assert (mine.exists(), other.exists()) == (False, True)
+
+
 def test_of_two_at_once_one_tokenises(write, tmp_path, lock_asked):
     class Patient(CountingTokenizer):
         def encode(self, texts: list[str]) -> list[list[int]]:

@@ -1,9 +1,12 @@
 """What a run folder shows of a run: TensorBoard events, sampled replies, curves.png and the model card."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import shutil
+import socket
 import struct
 import sys
 from collections import defaultdict
@@ -18,6 +21,7 @@ from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 import card
+import files
 import runs
 import train
 from cli import Decoding, UserError, log
@@ -147,6 +151,25 @@ def test_resumed_run_has_whole_curves_and_card(run, tmp_path):
     assert "--n_epochs" not in (folder / "README.md").read_text()  # three is what it is by default
 
 
+def test_a_run_knows_its_dataset_by_its_content(run, options, tmp_path):
+    """Moved, it is the same one; with other texts of the same number, it is another."""
+    folder, data = tmp_path / "run", Path(options(tmp_path)[3])
+    shutil.copytree(run[0], folder)
+    (moved := tmp_path / "moved.json").write_bytes(data.read_bytes())
+    run_train("--resume", folder, "--dataset_path", moved, "--n_epochs", 3)
+    assert [step for step, _ in losses(folder)] == list(range(1, 10))
+    moved.write_text(moved.read_text().replace(TEXTS[4], TEXTS[4][::-1]))
+    resume = "--resume", folder, "--n_epochs", 4
+    with pytest.raises(UserError, match=f"content of {moved} is not .*--changed_dataset"):
+        run_train(*resume)
+    run_train(*resume, "--changed_dataset")
+    assert [step for step, _ in losses(folder)] == list(range(1, 13))
+    run_train(*resume[:3], 5)  # it is the run's dataset from now on
+    with pytest.raises(UserError, match="other data, of 12 utterances"):  # a launcher's restart: of the same options
+        state, settings = {"size": 12, "dataset": "a"}, SimpleNamespace(dataset_digest="b", changed_dataset=False)
+        runs.restore(state, None, runs.Progress(), 12, settings)
+
+
 def test_model_card(run, monkeypatch):
     folder, _ = run
     loaded, figures, table = card_of(folder)
@@ -163,7 +186,7 @@ def test_model_card(run, monkeypatch):
     monkeypatch.setattr(sys, "argv", command.split()[1:])
     again, settings = asdict(train.parse_settings()), json.loads((folder / "training_args.json").read_text())
     differing = {name for name in settings if settings[name] != again[name]}
-    assert differing <= {"runs_dir", "dataset_cache", "device"} and "--eval_before_start" in command
+    assert differing <= {"runs_dir", "dataset_cache", "device", "dataset_digest"} and "--eval_before_start" in command
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "openai-gpt"])
@@ -228,7 +251,8 @@ def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
     before = torch.get_rng_state()
     state = {"size": 3, "progress": {"step": 7}, "generators": [{"cpu": before}], "learner": {}}
     torch.manual_seed(123)
-    runs.restore(state, learner, progress := runs.Progress(), 3, SimpleNamespace(n_epochs=3, seed=0))
+    settings = SimpleNamespace(n_epochs=3, seed=0, dataset_digest="", changed_dataset=False)
+    runs.restore(state, learner, progress := runs.Progress(), 3, settings)
     assert progress.step == 7
     assert torch.equal(torch.get_rng_state(), before) == (device == "cpu")  # another generator begins anew
 
@@ -240,6 +264,39 @@ def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
 def test_base_model_is_one_of_the_hub(model, known, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", model])
     assert train.parse_settings().base_model == known
+
+
+def test_a_run_in_use_is_refused(run, tmp_path):
+    """Until who uses it has ended; and what one left there that was killed goes, but nothing else."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    left = [folder / name / ".saving-.x" for name in ("", "checkpoints", "adapter")]
+    other = folder / ".saving-cache.bin.x"  # somebody's dataset cache, which has a lock of its own
+    for each in (*left, other):
+        each.mkdir(parents=True)
+    before = (folder / "log.jsonl").read_bytes()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with contextlib.ExitStack() as held:
+        runs.hold_run(folder, held)
+        assert [each.exists() for each in (*left, other)] == [False] * 3 + [True]
+        left[0].mkdir()  # by who holds it
+        with pytest.raises(UserError, match=f"^{folder} is in use by {holder}; wait until it ends"):
+            run_train("--resume", folder, "--n_epochs", 3)
+        assert (folder / "log.jsonl").read_bytes() == before and left[0].exists()
+    run_train("--resume", folder, "--n_epochs", 3)
+    assert len(losses(folder)) == 9
+
+
+def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caplog):
+    def no_locks(self, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.FileLock, "acquire", no_locks)
+    for wait in (False, True):
+        with files.lock(tmp_path / "x", wait):
+            pass
+    (said,) = caplog.messages
+    assert f"the file system of {tmp_path} has no locks" in said
 
 
 def test_a_full_disk_keeps_card_and_weights_of_before(run, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import cli
+import files
 import inputs
 import learner
 import runs
@@ -428,6 +429,32 @@ def test_signals_save_and_another_number_of_processes_goes_on(options, uninterru
     assert [record["epoch"] for record in validations(tmp_path)] == [1, 2, 3, 4]
     rates = [record["lr"] for record in steps]
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 3e-3 / 40
+
+
+def test_a_launcher_that_is_gone_ends_the_run_with_a_save(options, uninterrupted, tmp_path):
+    """torchrun itself is killed: its processes see it, and what they save is gone on with."""
+    script = tmp_path / "lonely_train.py"
+    script.write_text(
+        f"import os, signal, sys\nsys.path[:0] = [{str(SCRIPT.parent)!r}]\nimport cli, train\n"
+        "from torch.optim.optimizer import register_optimizer_step_post_hook\n"
+        "steps, launcher = [], train.launcher()\n"
+        "def count(*_):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) == 3 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getppid(), signal.SIGKILL)\n"
+        "        while train.launcher() == launcher: pass\n"
+        "register_optimizer_step_post_hook(count)\n"
+        "cli.run_script(train.main)\n"
+    )
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with launched(tmp_path, command, options(tmp_path, 2), script) as agent:
+        assert agent.wait() == -signal.SIGKILL
+    folder = find_run(tmp_path / "runs" / "latest")
+    with files.lock(folder / ".run"):  # until its processes have ended
+        assert [path.name for path in runs.checkpoints(folder)][-1] == "step-000000003.pt"
+    assert max(losses(tmp_path)) == 3
+    resume(tmp_path, world_size=2)
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
 
 
 def end_by_two_signals() -> None:
