@@ -454,9 +454,9 @@ def train_run(settings: TrainingSettings, device: torch.device, held: contextlib
     state = newest_checkpoint(folder) if folder else None
     dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
-        settings = recognize_dataset(settings, dialogs)
         # The run folder has it all but, with --lora, the frozen weights as they were.
         files = ModelFiles(folder) if state and not settings.lora else find_model(settings.lora_base or settings.model)
+        settings = recognize_dataset(settings, dialogs)
         model, tokenizer, train, valid = prepare(settings, dialogs, files, device)
     learner, progress = Learner(model, settings, device), Progress()
     tell_sizes(learner, train, valid, settings)
