@@ -1,11 +1,12 @@
 """What a run folder tells a stranger: its curves as a picture, and a model card that the hub understands."""
 
-import json
 import math
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from runs import parse_record
 
 CARD = """\
 # {name}
@@ -116,7 +117,7 @@ def recipe(tokenizer) -> str:
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """The records of steps whose loss is a number, and those of validations, from `log.jsonl` in a run folder."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = list(filter(None, map(parse_record, (folder / "log.jsonl").read_bytes().splitlines())))
     steps = [record for record in records if math.isfinite(record.get("loss", math.nan))]
     return steps, [record for record in records if "nll" in record]
 

@@ -372,10 +372,12 @@ def read_gguf(gguf: Path):
 def find_run(name: str) -> Path:
     """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
     folder = typed_path(name)
-    with explain_errors(f"cannot read {folder}", "expected a run folder of train.py", OSError, UnicodeDecodeError):
+    kinds = OSError, ValueError, RuntimeError  # a loop of links, a name that is too long or holds a NUL, bytes
+    with explain_errors(f"cannot read {folder}", "expected a run folder of train.py", *kinds):
         if folder.is_file():
             folder = folder.parent / folder.read_text(encoding="utf-8").strip()
         folder = folder.resolve()
-    if not (folder / "training_args.json").is_file():
+        begun = (folder / "training_args.json").is_file()
+    if not begun:
         raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
     return folder

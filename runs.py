@@ -17,7 +17,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 
-from cli import UserError, first_line, log, printable
+from cli import UserError, explain_errors, first_line, log, printable
 from files import lock, make_folder, remove_unfinished, whole_files
 from model_files import ADAPTER
 from progress import progress_bar
@@ -97,6 +97,21 @@ def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
     return None
 
 
+FIGURES = {"loss": ("loss", "lm_loss", "mc_loss"), "nll": ("nll", "token_ppl", "hits@1")}  # of a step, of a validation
+
+
+def parse_record(line: bytes) -> dict | None:
+    """A line of `log.jsonl`; None for one that train.py did not write so, or that is cut short."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or any(type(record.get(name)) is not int for name in ("step", "epoch")):
+        return None
+    numbers = [name for mark, names in FIGURES.items() if mark in record for name in names]
+    return record if all(type(record.get(name)) in (int, float) for name in numbers) else None
+
+
 def open_log(folder: Path, step: int) -> Callable[[dict], None]:
     """A function that adds a record, as a line of JSON, to `log.jsonl` in a run folder.
 
@@ -107,13 +122,11 @@ def open_log(folder: Path, step: int) -> Callable[[dict], None]:
     path = folder / "log.jsonl"
 
     def stands(line: bytes) -> bool:
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut short
-            return False
-        return record["step"] < step + ("loss" in record)
+        record = parse_record(line)
+        return record is not None and record["step"] < step + ("loss" in record)
 
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with explain_errors(f"cannot read {path}", "expected the log that train.py wrote", OSError):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     with whole_files(folder) as partial:
         (partial / path.name).write_bytes(b"".join(filter(stands, lines)))
 
@@ -214,25 +227,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
-def newest_checkpoint(folder: Path) -> dict | None:
-    """What `save_checkpoint` wrote last, in every process; where that is damaged, what it wrote before.
+def newest_checkpoint(folder: Path, learner) -> dict:
+    """What `save_checkpoint` wrote last, in every process; where that is damaged or of another model, what it wrote
+    before. Rank 0 says which file to read.
 
-    None where it was never called. Rank 0 says which file to read.
+    Raises:
+        UserError: none can be used.
     """
     state, name = None, ""
     if idist.get_rank() == 0:
         for path in reversed(checkpoints(folder)):
             try:
-                state, name = read_checkpoint(path), path.name
+                state, name = read_checkpoint(path, learner), path.name
                 break
             except Exception as error:  # torch.load raises many types for a damaged file
                 log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
-        if state is None and checkpoints(folder):
-            raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
     name = idist.all_gather(name)[0]
-    if name and state is None:
+    if not name:
+        raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
+    if state is None:
         try:
-            state = read_checkpoint(folder / "checkpoints" / name)
+            state = read_checkpoint(folder / "checkpoints" / name, learner)
         except Exception as error:  # as above; rank 0 could read it
             raise UserError(
                 f"cannot read {folder}/checkpoints/{name}: {first_line(error)}; every node needs the same --runs_dir"
@@ -240,8 +255,51 @@ def newest_checkpoint(folder: Path) -> dict | None:
     return state
 
 
-def read_checkpoint(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def read_checkpoint(path: Path, learner) -> dict:
+    """A checkpoint, of which all is as this learner would write it: torch itself crashes on some that are not.
+
+    Raises:
+        ValueError: it is not. Other types where the file is damaged.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    form = learner.state_dict()
+    optimizer = form.pop("optimizer")
+    check_form(state, {"size": 0, "progress": {"step": 0, "epoch": 1, "done": 0}, "generators": [], "learner": form})
+    check_form(state["learner"], {"optimizer": {"param_groups": [], "state": {}}})
+    groups = [{"params": group["params"]} for group in optimizer["param_groups"]]
+    saved = state["learner"]["optimizer"]
+    if len(saved["param_groups"]) != len(groups) or not saved["state"].keys() <= set(range(len(learner.weights))):
+        raise ValueError("its optimiser is of other weights")
+    for found, expected in zip(saved["param_groups"], groups, strict=True):
+        check_form(found, expected)
+        if len(found["params"]) != len(expected["params"]):
+            raise ValueError("its optimiser is of other weights")
+    for number, moments in saved["state"].items():
+        weight = learner.weights[number]
+        check_form(moments, {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight})
+    for states in state["generators"]:
+        check_form(states, {name: value for name, value in random_states(learner.device).items() if name in states})
+    return state
+
+
+def check_form(found, expected, place: str = "") -> None:
+    """Raise ValueError unless there is all of `expected`: its keys, of the same types, tensors of the same shapes."""
+    if isinstance(expected, torch.Tensor):
+        alike = isinstance(found, torch.Tensor) and (found.shape, found.is_floating_point()) == (
+            expected.shape,
+            expected.is_floating_point(),
+        )
+        if not alike:
+            raise ValueError(f"{place or 'it'} is not a tensor of shape {tuple(expected.shape)}")
+    elif not isinstance(found, type(expected)) or isinstance(found, bool) != isinstance(expected, bool):
+        raise ValueError(f"{place or 'it'} is not a {type(expected).__name__}")
+    elif isinstance(expected, dict):
+        for key, value in expected.items():
+            if key not in found:
+                raise ValueError(f"it lacks {place}{key}")
+            check_form(found[key], value, f"{place}{key}")
+    elif isinstance(expected, list) and expected:
+        check_form(dict(enumerate(found)), dict(enumerate(expected)), f"{place} ")
 
 
 def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:

@@ -45,6 +45,7 @@ from runs import (
     OF_ONE_START,
     RUNS,
     Progress,
+    checkpoints,
     hold_run,
     logging_to,
     new_run_folder,
@@ -99,6 +100,9 @@ class TrainingSettings(LearningSettings, DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("dataset_digest", "base_model", "lora_base"):
+            if not isinstance(value := getattr(self, name), str):
+                raise UserError(f"{name}: expected text, found {value!r}")
         if self.max_history is None:
             object.__setattr__(self, "max_history", MAX_HISTORY)
         if self.lora_save == "adapter" and not self.lora:
@@ -130,7 +134,7 @@ def resumed_settings(parser: Parser, folder: Path) -> TrainingSettings:
     path = folder / "training_args.json"
     try:
         saved = TrainingSettings(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, UserError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}; expected what train.py wrote") from error
     parser.set_defaults(**asdict(saved))  # so that only what was given replaces what was saved
     settings = TrainingSettings.from_args(parser.parse_args())
@@ -451,20 +455,19 @@ def train_run(settings: TrainingSettings, device: torch.device, held: contextlib
     folder = run_to_go_on_with(settings, launchers)
     if folder:
         hold_run(folder, held)
-    state = newest_checkpoint(folder) if folder else None
+    saved = idist.all_gather(bool(folder and checkpoints(folder)))[0]
     dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         # The run folder has it all but, with --lora, the frozen weights as they were.
-        files = ModelFiles(folder) if state and not settings.lora else find_model(settings.lora_base or settings.model)
+        files = ModelFiles(folder) if saved and not settings.lora else find_model(settings.lora_base or settings.model)
         settings = recognize_dataset(settings, dialogs)
         model, tokenizer, train, valid = prepare(settings, dialogs, files, device)
     learner, progress = Learner(model, settings, device), Progress()
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
-    if state:
-        restore(state, learner, progress, train.n_replies, settings)
+    if saved:
+        restore(newest_checkpoint(folder, learner), learner, progress, train.n_replies, settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
-    del state
     if not folder:
         folder = begin_run(settings, launchers)
         hold_run(folder, held)

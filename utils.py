@@ -184,7 +184,7 @@ def load_tokenizer(
     Raises:
         UserError: there is none and no text to learn one from, or it cannot be read, or is not that of the weights.
     """
-    base_types = not files.gguf and load_config(files).model_type in WITH_TOKEN_TYPES
+    base_types = not files.gguf and load_config_dict(files)["model_type"] in WITH_TOKEN_TYPES
     rules = pre_tokenizer, token_types, base_types
     if not files.has_tokenizer:
         if files.has_weights:  # a vocabulary that is learned would give other words to the rows of their embedding
@@ -201,6 +201,7 @@ def load_tokenizer(
             raise UserError(
                 f"{files.folder}/config.json: vocab_size is {size!r}; expected 5 to 1000000, as a vocabulary is learned"
             )
+        load_config(files)  # what is wrong with it is told before a vocabulary is learned
         return DialogTokenizer(learn_bpe(texts, size), *rules)
     from transformers import AutoTokenizer
 
@@ -222,6 +223,9 @@ def check_vocabulary(hf, files: ModelFiles) -> None:
 
     An embedding may have more rows than there are tokens, but not twice as many.
     """
+    top, size = max(hf.get_vocab().values(), default=0), len(hf.get_vocab())
+    if not 0 <= top < 2 * size + 1000:  # the embedding needs a row for each id up to it
+        raise UserError(f"the tokenizer in {files.folder} has an id of {top} for {size} tokens; expected them in a row")
     words = len(hf.get_vocab().keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
     rows = load_config(files).get_text_config().vocab_size if files.has_weights else 0
     if not words or 2 * len(hf) < rows:
@@ -239,6 +243,7 @@ def load_config_dict(files: ModelFiles) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
+    config.pop("return_dict", None)  # false would give tuples, where the code reads objects
     if "model_type" not in config:
         # afn is openai-gpt's name of its activation function; GPT-2 has no such key
         config["model_type"] = "openai-gpt" if "afn" in config else "gpt2"
@@ -259,7 +264,34 @@ def load_config(files: ModelFiles):
         )
     # transformers raises many types for a configuration it cannot use.
     with explain_errors(str(path), "expected a configuration of transformers"):
-        return AutoConfig.for_model(**config)
+        loaded = AutoConfig.for_model(**config)
+    check_sizes(loaded.get_text_config(), path)
+    return loaded
+
+
+# More than any model has; what is below is tried, and then fits into memory or not.
+MOST = {"num_hidden_layers": 10**4, "num_attention_heads": 10**4, "hidden_size": 10**6, "vocab_size": 10**8}
+
+
+def check_sizes(config, path: Path) -> None:
+    """Refuse sizes of which no model can be made, before it is tried: it would take hours, or all of the memory."""
+    sizes = {name: getattr(config, name, None) for name in MOST}
+    sizes = {name: size for name, size in sizes.items() if type(size) is int}
+    for name, size in sizes.items():
+        if not 1 <= size <= MOST[name]:
+            raise UserError(f"{path}: {config.attribute_map.get(name, name)} is {size}; expected 1 to {MOST[name]}")
+    if len(sizes) < len(MOST) or not hasattr(os, "sysconf"):
+        return
+    # At least: two square matrices of attention and two of the feed-forward layer, in float32.
+    width, inner = sizes["hidden_size"], getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    inner = inner if type(inner) is int and inner > 0 else 4 * width
+    layers = 2 * sizes["num_hidden_layers"] * width * (width + inner)
+    needed, there = 4 * (layers + sizes["vocab_size"] * width), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{path}: a model of these sizes takes at least {needed / 2**30:.0f} GB, and this machine has "
+            f"{there / 2**30:.0f}; use a smaller one"
+        )
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int):

@@ -27,9 +27,11 @@ import train
 from cli import Decoding, UserError, log
 from generation import generate_replies
 from inputs import build_prefix
+from learner import Learner
 from model_files import find_run
 from template import chat_template
 from tiny_models import TEXTS
+from train import TrainingSettings
 
 
 def run_train(*options) -> list[str]:
@@ -285,6 +287,64 @@ def test_a_run_in_use_is_refused(run, tmp_path):
         assert (folder / "log.jsonl").read_bytes() == before and left[0].exists()
     run_train("--resume", folder, "--n_epochs", 3)
     assert len(losses(folder)) == 9
+
+
+DAMAGES = {
+    "no key": lambda state: state.pop("size"),
+    "no weight": lambda state: state["learner"]["model"].popitem(),
+    "another shape": lambda state: state["learner"]["model"].update(
+        {next(iter(state["learner"]["model"])): torch.zeros(3)}
+    ),
+    "a group more": lambda state: state["learner"]["optimizer"]["param_groups"].append({"params": []}),
+    "no groups": lambda state: state["learner"]["optimizer"]["param_groups"].clear(),
+    "a weight more": lambda state: state["learner"]["optimizer"]["param_groups"][0]["params"].append(99),
+    "another moment": lambda state: state["learner"]["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+    "no moment": lambda state: state["learner"]["optimizer"]["state"][0].pop("step"),
+    "an unknown weight": lambda state: state["learner"]["optimizer"]["state"].update({99: {}}),
+    "a text": lambda state: state["progress"].update(step="3"),
+    "no generator": lambda state: state["generators"].__setitem__(0, {"cpu": torch.zeros(3)}),
+    "a list": lambda state: state.update(learner=[]),
+}
+
+
+@pytest.fixture(scope="module")
+def learner_of(run, load) -> Learner:
+    settings = TrainingSettings(**json.loads((run[0] / "training_args.json").read_text()))
+    return Learner(load(run[0])[0], settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_that_does_not_fit_gives_way_to_the_one_before(name, run, learner_of, tmp_path, caplog):
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    older, newest = runs.checkpoints(tmp_path)
+    state = torch.load(newest)
+    DAMAGES[name](state)
+    torch.save(state, newest)
+    assert runs.newest_checkpoint(tmp_path, learner_of)["progress"]["step"] == 3
+    (said,) = caplog.messages
+    assert said.startswith(f"warning: {newest} cannot be read (") and "trying the one before it" in said
+    newest.unlink()
+    caplog.clear()
+    assert runs.newest_checkpoint(tmp_path, learner_of) and not caplog.messages
+
+
+def test_odd_lines_of_a_log_are_left_out(run, tmp_path):
+    good = (run[0] / "log.jsonl").read_bytes()
+    odd = [
+        "null",
+        "3",
+        "[]",
+        "{}",
+        "x",
+        '{"step": null, "epoch": 1}',
+        '{"step": 1, "epoch": 1, "loss": "x"}',
+        "[" * 99999,
+    ]
+    odd += ['{"step": 1, "epoch": 1, "nll": 1}', '{"step": true, "epoch": 1}', "\xff"]
+    (tmp_path / "log.jsonl").write_bytes("\n".join([*odd, ""]).encode("latin-1") + good)
+    assert card.read_log(tmp_path) == card.read_log(run[0])
+    runs.open_log(tmp_path, 7)
+    assert (tmp_path / "log.jsonl").read_bytes() == good
 
 
 def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caplog):

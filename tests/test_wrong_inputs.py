@@ -483,6 +483,10 @@ WRONG_MODELS = {
     "type-is-a-list": (config(model_type=[]), "{0}/config.json names the model type '[]', which transformers does not know; use another model, such as gpt2"),
     "wrong-type": (config(n_layer="2"), "{0}/config.json: Validation error for field 'n_layer': TypeError: Field 'n_layer' expected int, got str (value: '2'); expected a configuration of transformers"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 99999), "cannot read {0}/config.json: maximum recursion depth exceeded while decoding a JSON array from a unicode string; expected a model's configuration in JSON"),
+    "no-layers": (config(n_layer=0), "{0}/config.json: n_layer is 0; expected 1 to 10000"),
+    "a-million-layers": (config(n_layer=10**6), "{0}/config.json: n_layer is 1000000; expected 1 to 10000"),
+    "no-width": (config(n_embd=0), "{0}/config.json: n_embd is 0; expected 1 to 1000000"),
+    "less-than-no-heads": (config(n_head=-4), "{0}/config.json: n_head is -4; expected 1 to 10000"),
     "indivisible": (config(n_head=5), "cannot load the weights in {0}: `embed_dim` must be divisible by num_heads (got `embed_dim`: 32 and `num_heads`: 5).; expected whole files of tensors"),
     "more-layers": (config(n_layer=3), "the weights in {0} lack 12 tensors, such as transformer.h.2.attn.c_attn.bias" + ANEW),
     "missing": (weights("transformer.ln_f.bias"), "the weights in {0} lack 1 tensors, such as transformer.ln_f.bias" + ANEW),
@@ -587,6 +591,7 @@ WHOLE_MODELS = {
     "body-compiled": repack("x.pt", lambda found: {k.replace("former.h", "former._orig_mod.h"): v for k, v in found.items()}),
     "OpenAI's-names": renamed(vocab="encoder.json", merges="vocab.bpe"),
     "other-things-beside": lambda folder: [(folder / name).touch() for name in ("optimizer.pt", "training_args.bin", "a.h5", "b.pt")],
+    "tuples-asked-for": config(return_dict=False),
     "better-than-half": lambda folder: (folder / "pytorch_model-00002-of-00002.bin").touch(),
 }  # fmt: skip
 
@@ -648,13 +653,75 @@ def test_configurations_of_which_no_model_can_be_made(changes, line, tmp_path, w
     assert (status, said.splitlines()[-1]) == (2, f"error: {line.format(folder)}")
 
 
+def test_a_configuration_of_a_model_larger_than_memory(tiny, damaged, load):
+    folder = damaged(config(n_layer=9999, n_embd=10**6))
+    with pytest.raises(UserError, match=f"^{folder}/config.json: a model of these sizes takes at least [0-9]+ GB, and"):
+        load(folder)
+
+
+def high_id(folder: Path) -> None:
+    """A vocabulary with an id of 2**31 - 1."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocabulary | {"zebra": 2**31 - 1}))
+
+
+def test_a_tokenizer_with_ids_far_apart(damaged, load):
+    folder = damaged(high_id)
+    with pytest.raises(UserError, match=f"^the tokenizer in {folder} has an id of 2147483647 for "):
+        load(folder)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to("other")
+    path.with_name("other").symlink_to(path.name)
+
+
+LATEST = {
+    "loops": loop,
+    "too-long": lambda path: path.write_text("x" * 5000),
+    "nul": lambda path: path.write_text("a\0b"),
+    "bytes": lambda path: path.write_bytes(b"\xff"),
+    "itself": lambda path: path.write_text("latest"),
+}
+
+
+@pytest.mark.parametrize("name", LATEST)
+def test_a_link_to_the_latest_run_that_leads_nowhere(name, tmp_path, ended):
+    LATEST[name](tmp_path / "latest")
+    status, said = ended(train, "--resume", tmp_path / "latest")
+    assert (status, said.count("\n"), said.split(": ")[0]) == (2, 1, "error")
+    assert "expected a run folder of train.py" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('{"n_epochs": "x"}', "n_epochs"),
+        ('{"n_epochs": -1}', "n_epochs"),
+        ('{"lr": NaN}', "lr"),
+        ('{"seed": 1.5}', "seed"),
+        ('{"bf16": 1}', "bf16"),
+        ('{"model": ["gpt2"]}', "model"),
+        ('{"dataset_digest": 3}', "dataset_digest"),
+        ('{"no_such": 3}', "no_such"),
+        ("[1]", "expected what train.py wrote"),
+        ("[" * 99999, "expected what train.py wrote"),
+    ],
+)
+def test_settings_of_a_run_that_were_changed_by_hand(content, key, tmp_path, ended):
+    (tmp_path / "training_args.json").write_text(content)
+    status, said = ended(train, "--resume", tmp_path)
+    assert (status, said.count("\n")) == (2, 1) and key in said
+    assert said.startswith(f"error: cannot read {tmp_path}/training_args.json: ")
+
+
 def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "step-1.pt"
     path.write_bytes(saved({"learner": Malice()}))
     with pytest.raises(UserError) as caught:
-        runs.newest_checkpoint(tmp_path)
+        runs.newest_checkpoint(tmp_path, None)
     assert str(caught.value) == f"no checkpoint in {tmp_path}/checkpoints can be read; start a new run"
     reason = "its pickle is damaged, or holds more than tensors, such as code to run"
     assert caplog.messages == [f"warning: {path} cannot be read ({reason}); trying the one before it"]
