@@ -14,21 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cli import (
-    RERANK,
-    DatasetSettings,
-    Decoding,
-    Parser,
-    UserError,
-    join_processes,
-    log,
-    option,
-    run_script,
-)
+from batches import Batch, batches_by_length
+from cli import UserError, join_processes, log, run_script
 from dialogs import Dialogs
-from inputs import Batch, Instances, batches_by_length, sentences_inside
+from inputs import Instances, sentences_inside
 from metrics import Spelling, WordModel, distinct, gold_ranks, reply_columns
 from model_files import find_finetuned_model
+from options import RERANK, DatasetSettings, Decoding, Parser, option
 from progress import progress_bar
 from prompts import ChatInstances, ChatTemplate, read_instructions
 from report import (
@@ -293,7 +285,7 @@ def main() -> None:
         evaluated = Evaluated(*dialogs.valid_source, list(dialogs.digest), min(size, settings.limit or size), size)
         other = read_report(settings.compare, evaluated) if settings.compare else None
         from cpu import optimize_for_cpu_inference
-        from model import load_model
+        from loading import load_model
 
         model = load_model(files, tokenizer, device)
     if settings.bf16:

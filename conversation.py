@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from cli import Decoding
 from generation import Generation, PrefixCache, Reply
 from inputs import build_prefix, truncate, utterances_shown
 from model import DialogModel
+from options import Decoding
 from utils import DialogTokenizer
 
 

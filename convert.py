@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-from cli import Parser, Settings, UserError, explain_errors, log, option, run_script
+from cli import UserError, explain_errors, log, run_script
 from files import typed_path, whole_files
 from messengers import LEFT_OUT, Message, messenger_of, read_export
+from options import Parser, Settings, option
 
 
 @dataclass(frozen=True)

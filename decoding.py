@@ -10,7 +10,7 @@ from itertools import dropwhile
 import torch
 from torch import Tensor
 
-from cli import Decoding
+from options import Decoding
 
 # ------------------------------------------------------------------------------------------------------------
 # Replies

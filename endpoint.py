@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from cli import LARGEST, Decoding, UserError, first_line, log
+from cli import UserError, first_line, log
 from conversation import Conversation
 from dialogs import MAX_MESSAGE, Dialogs, check_message
 from formats import decode
 from generation import Generation, PrefixCache, Reply
 from inputs import utterances_shown
+from options import LARGEST, Decoding
 from records import NO_JSON, split_sentences
 
 MAX_CHOICES = 16

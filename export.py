@@ -5,13 +5,16 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, Settings, UserError, log, option, run_script
+from cli import UserError, log, run_script
+from configs import load_config
 from files import typed_path, whole_files
 from gguf_file import ARCHITECTURES, FILE_TYPES, write_gguf
 from inputs import utterances_shown
-from model import DialogModel, load_model
+from loading import load_model
+from model import DialogModel
 from model_files import ModelFiles, find_model, find_run
-from utils import DialogTokenizer, load_config, load_tokenizer
+from options import Parser, Settings, option
+from utils import DialogTokenizer, load_tokenizer
 
 # The rows of template.py in Go's language, which Ollama has in place of Jinja. System messages are in .Messages too.
 TEMPLATE = (

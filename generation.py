@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from cli import Decoding
 from decoding import Beams, Reply, Row, Token, extend_beams, extend_rows, rank_replies
 from model import DialogModel
+from options import Decoding
 
 # ------------------------------------------------------------------------------------------------------------
 # Key-value cache

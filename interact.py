@@ -11,22 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cli import (
-    CommonSettings,
-    Decoding,
-    Parser,
-    Settings,
-    UserError,
-    check_device,
-    kind_of,
-    log,
-    option,
-    printable,
-    run_script,
-)
+from cli import UserError, check_device, log, printable, run_script
 from dialogs import PERSONACHAT_URL, Dialogs, check_message, read_persona
 from files import cached_path, is_url
 from model_files import decoding_defaults, find_finetuned_model
+from options import CommonSettings, Decoding, Parser, Settings, kind_of, option
 from terminal import (
     GREEN,
     Pace,
@@ -379,7 +368,7 @@ def main() -> None:
     # Heavy: after all that can be told to be wrong at once.
     from conversation import Conversation
     from cpu import optimize_for_cpu_inference
-    from model import load_model
+    from loading import load_model
 
     model = load_model(files, tokenizer, device)
     if settings.bf16:

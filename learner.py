@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import BF16, Settings, UserError, option
-from inputs import Batch, DialogRow, Instance, collate
+from batches import Batch, collate
+from cli import UserError
+from inputs import DialogRow, Instance
+from options import BF16, Settings, option
 from utils import SpecialIds
 
 LR = 6.25e-5

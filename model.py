@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, S columns that are attended to, N candidates, L labelled tokens, D hidden size, V vocabulary.
 """
 
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, GPT2Config, PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
 
-from adapters import add_adapter, has_adapter, look_up, merge_adapter, project, save_adapter, without_adapter
-from cli import Decoding, UserError, explain_errors, first_line, log
+from adapters import add_adapter, has_adapter, look_up, project, save_adapter, without_adapter
+from batches import Batch
+from cli import UserError, first_line
 from files import whole_files
-from inputs import Batch, Instance, collate
-from model_files import HEAD_WEIGHTS, ModelFiles, read_gguf
-from utils import DialogTokenizer, SpecialIds, load_config
+from model_files import HEAD_WEIGHTS
+from utils import DialogTokenizer, SpecialIds
 
 # We say ourselves what matters in transformers' load reports.
 transformers.logging.set_verbosity_error()
@@ -348,208 +346,3 @@ def same_numbers(vectors: Tensor, expected: Tensor) -> bool:
     """
     tolerance = 1e-2 if expected.dtype == torch.float32 else 1e-1
     return bool(((vectors - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Loading
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_model(
-    files: ModelFiles, tokenizer: DialogTokenizer, device: torch.device, from_scratch: bool = False
-) -> DialogModel:
-    """The model in a folder, .gguf or unpacked archive, in float32, with rows for the tokenizer's special tokens and
-    its adapters merged.
-
-    Args:
-        from_scratch: a folder without weights gives a freshly initialised model; else that is an error.
-    Raises:
-        UserError: the weights are missing, damaged or of another architecture.
-    """
-    if files.has_weights:
-        lm = load_weights(files)
-    elif from_scratch:
-        log.info(f"{files.folder} holds a configuration alone: from scratch, random weights")
-        lm = initial_weights(files, len(tokenizer))
-    else:
-        raise UserError(f"{files.folder} holds no weights; train it first: python train.py --model {files.folder}")
-    if lm.config.__dict__.pop("auto_map", None):
-        log.warning(
-            f"warning: {files.folder}/config.json asks for code of its own (auto_map), which is never run; "
-            f"using the {lm.config.model_type} of transformers"
-        )
-    if lm.get_input_embeddings().num_embeddings != len(tokenizer):
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for folder in files.adapters:
-        lm = merge_adapter(lm, folder)
-    special = {f"{name}_token_id": getattr(tokenizer.ids, name) for name in ("bos", "eos", "pad")}
-    for config in (lm.config, lm.config.get_text_config()):
-        config.update(special)
-    lm.generation_config = GenerationConfig(**special, **sampling(tokenizer.ids))
-    model = DialogModel(lm.float(), tokenizer.ids).eval()
-    if model.limit < 16:
-        raise UserError(f"the model in {files.folder} takes {model.limit} tokens at once; expected at least 16")
-    probe(model)
-    return model.to(device)
-
-
-def sampling(ids: SpecialIds) -> dict:
-    """How other engines are to draw replies: as interact.py does by default. Those with token types no engine can."""
-    if ids.token_types:
-        return {}
-    decoding = Decoding()
-    return {"do_sample": True} | {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
-
-
-def causal_lm_class(config) -> type[PreTrainedModel]:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"a {config.model_type} model is not a causal language model; expected one, such as gpt2")
-    return with_choice_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-
-
-def initial_weights(files: ModelFiles, vocabulary: int) -> PreTrainedModel:
-    """A freshly initialised model of the sizes in a folder's config.json."""
-    config = load_config(files)
-    config.vocab_size = vocabulary
-    make = causal_lm_class(config)
-    try:
-        return make(config)
-    except Exception as error:  # each architecture has its own for sizes that do not go together
-        raise UserError(
-            f"{files.folder}/config.json: {first_line(error)}; expected sizes of which a model can be made"
-        ) from error
-
-
-def load_weights(files: ModelFiles) -> PreTrainedModel:
-    """A model from the files of its weights; a base model's multiple-choice head is freshly initialised."""
-    path = files.folder / (files.gguf or "")
-    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # we name them
-    try:
-        if files.gguf:
-            quantised = read_gguf(path)
-            config, options["state_dict"] = quantised.config, quantised.state_dict()
-        else:
-            config, options["state_dict"] = load_config(files), read_tensors(files.weights)
-        lm, report = causal_lm_class(config).from_pretrained(None, config=config, **options)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
-        raise UserError(
-            f"cannot load the weights in {path}: {first_line(error)}; expected whole files of tensors"
-        ) from error
-    check_weights(lm, report, path)
-    return lm
-
-
-# Under these names training scripts keep a model in a checkpoint of theirs.
-WRAPPINGS = {"model", "state_dict", "model_state_dict", "module"}
-# These wrappers of a model (DataParallel, torch.compile, FSDP) come into the names of its tensors.
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
-    """The tensors in all of these files (safetensors or pickles of torch) by name, as a bare model names them.
-
-    Raises:
-        UserError: a file is damaged, or holds something else. No code in it is run.
-    """
-    tensors = {}
-    for path in paths:
-        with explain_errors(f"cannot load the weights in {path}", "expected whole files of tensors"):
-            if path.suffix == ".safetensors":
-                found = load_file(path)
-            else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
-                while wrapping := isinstance(found, dict) and WRAPPINGS & found.keys():
-                    found = found[min(wrapping)]
-                if not isinstance(found, dict):
-                    raise ValueError(f"a {type(found).__name__}")
-            for name, tensor in found.items():
-                if not isinstance(tensor, Tensor):
-                    raise ValueError(f"{name} is a {type(tensor).__name__}")
-            tensors |= {WRAPPERS.sub("", name): tensor for name, tensor in found.items()}
-    return tensors
-
-
-def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
-    """Refuse a model that was not loaded whole, or not of numbers. report: transformers' loading info."""
-    reshaped = [f"{name} {tuple(stored)} for {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]]
-    missing = [name for name in report["missing_keys"] if not name.startswith(HEAD)]
-    lm.choice_head_trained = len(missing) == len(report["missing_keys"])
-    # Checkpoints of old versions hold their causal mask as a buffer.
-    surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    others = f", and hold {len(surplus)} others, such as {min(surplus)}" if missing and surplus else ""
-    infinite = [
-        name
-        for name, parameter in lm.named_parameters()
-        if not torch.stack(parameter.aminmax()).isfinite().all()  # a nan is both minimum and maximum
-    ]
-    for fault, names in {
-        "have wrong shapes in": reshaped,
-        "lack": missing,
-        "hold nan or infinity in": infinite,
-    }.items():
-        if names:
-            raise UserError(
-                f"the weights in {path} {fault} {len(names)} tensors, such as {min(names)}{others}; "
-                "fetch the model again, or use an earlier checkpoint"
-            )
-    if surplus:
-        log.warning(f"warning: {path} holds {len(surplus)} tensors this model has no place for, such as {min(surplus)}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What an architecture can do
-# ------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def probe(model: DialogModel) -> None:
-    """Compute a tiny batch in our fast ways and in plain ones, and set `model.packed` by whether they agree.
-
-    openai-gpt, whose forward is our own, is tried for finite numbers only.
-
-    Raises:
-        UserError: the weights give numbers that are not finite, or the model changes its logits in a way that
-            `lm_logits` does not know.
-    """
-    tokens = [token for token in range(len(model.ids.all) + 30) if token not in model.ids.all]
-    speakers = [model.ids.speaker1] * 3 + [model.ids.speaker2] * 3
-    first = Instance(tokens[:6], speakers, [tokens[6:9], tokens[9:14]])
-    second = Instance(tokens[8:12], speakers[:4], [tokens[1:3], tokens[4:6], tokens[2:7]])
-    batch = collate([first, second], model.ids)
-    padded = model._hidden_padded(batch)
-    if not padded.isfinite().all():
-        raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
-    if isinstance(model.body, OpenAIGPTBody):
-        return
-    kind, reason = model.lm.config.model_type, packing_fault(model, batch, padded)
-    if reason:
-        model.packed = False
-        log.info(f"{kind}: packed rows are not exact for it ({reason}); using padded rows, which are slower")
-    row = {"input_ids": batch.input_ids[:1, :6], "use_cache": False}
-    if not same_numbers(model.lm_logits(model.body(**row)[0]), model.lm(**row).logits):
-        raise UserError(
-            f"{kind} changes its logits after the LM head in a way this toolkit does not know; use another model"
-        )
-
-
-def packing_fault(model: DialogModel, batch: Batch, padded: Tensor) -> str:
-    """Why packed rows, whole or with a key-value cache, do not give the hidden states of padded rows (B, T, D).
-
-    Empty if they do.
-    """
-    # GPT-Neo's local layers look back a number of columns along the row: too many for a tiny batch to show it.
-    if "local" in getattr(model.lm.config, "attention_layers", ()):
-        return "its layers are local"
-    visible, cache, parts = packed_visibility(batch.segments, batch.forks), DynamicCache(), []
-    try:
-        whole = model._hidden_packed(batch)
-        for columns in (slice(0, 4), slice(4, 5), slice(5, visible.shape[1])):  # one of them a single new token
-            inputs = (rows[:, columns] for rows in (batch.input_ids, batch.token_types, batch.positions))
-            parts.append(model.run_body(*inputs, visible[:, columns, : columns.stop], cache=cache))
-    except Exception as error:  # an architecture may refuse a 4D mask, positions or a cache in its own way
-        return first_line(error)
-    real, cached = batch.segments >= 0, torch.cat(parts, dim=1)
-    exact = same_numbers(whole[real], padded[real]) and same_numbers(cached[real], padded[real])
-    return "" if exact else "hidden states differ"

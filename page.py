@@ -17,10 +17,11 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nothi
 
 import gradio as gr
 
-from cli import Decoding, UserError
+from cli import UserError
 from dialogs import check_message
 from endpoint import Ask, Bot, Job, Progress, Unavailable, Worker
 from generation import Reply
+from options import Decoding
 
 # ------------------------------------------------------------------------------------------------------------
 # What the page asks the server; what it does without it is in page.js

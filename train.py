@@ -22,25 +22,17 @@ from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 
+from batches import Batch, batches_by_length
 from card import describe
-from cli import (
-    MAX_HISTORY,
-    DatasetSettings,
-    Decoding,
-    Parser,
-    UserError,
-    first_line,
-    join_processes,
-    log,
-    option,
-    run_script,
-)
+from cli import UserError, first_line, join_processes, log, run_script
 from dialogs import Dialogs
 from files import is_url, typed_path, whole_files
-from inputs import Batch, DialogRows, Instances, batches_by_length, sentences_inside
+from inputs import Instances, sentences_inside
 from learner import Learner, LearningSettings, StepSampler, Stopped, collate_step, optimizer_step, sum_over_processes
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
+from options import MAX_HISTORY, DatasetSettings, Decoding, Parser, option
 from processes import StopSignal, launch_command, launcher, leave_processes
+from rows import DialogRows
 from runs import (
     OF_ONE_START,
     RUNS,
@@ -407,7 +399,7 @@ def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, dev
     tokenizer = load_tokenizer(files, settings.pre_tokenizer, dialogs.training_texts(), settings.token_types)
     tokenizer.max_history = settings.max_history
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
-    from model import load_model  # heavy: after all that can be told to be wrong at once
+    from loading import load_model  # heavy: after all that can be told to be wrong at once
 
     if settings.lora and not files.has_weights:
         raise UserError(f"{files.folder} holds no weights that --lora could keep; leave it out to train from scratch")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import time
 import zlib
 from array import array
@@ -15,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import MAX_HISTORY, UserError, explain_errors, first_line, log, printable
+from cli import UserError, explain_errors, first_line, log, printable
+from configs import load_config, load_config_dict
 from dialogs import SPLIT_SEED, Dialogs
 from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
+from options import MAX_HISTORY
 from progress import progress_bar
-from records import FORMATS, NO_JSON, Dialog
+from records import FORMATS, Dialog
+from words import CONTINUATIONS, detokenize, spacy_words
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokenisation
@@ -236,64 +238,6 @@ def check_vocabulary(hf, files: ModelFiles) -> None:
         )
 
 
-def load_config_dict(files: ModelFiles) -> dict:
-    """A folder's config.json; `model_type`, which those of 2019 lack, is inferred."""
-    path = files.folder / "config.json"
-    with explain_errors(f"cannot read {path}", "expected a model's configuration in JSON", OSError, *NO_JSON):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    config.pop("return_dict", None)  # false would give tuples, where the code reads objects
-    if "model_type" not in config:
-        # afn is openai-gpt's name of its activation function; GPT-2 has no such key
-        config["model_type"] = "openai-gpt" if "afn" in config else "gpt2"
-    return config
-
-
-def load_config(files: ModelFiles):
-    """The transformers configuration of a model folder."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    config = load_config_dict(files)
-    path = files.folder / "config.json"
-    if str(config["model_type"]) not in CONFIG_MAPPING:
-        own = " and asks for code of its own (auto_map), which is never run" if "auto_map" in config else ""
-        raise UserError(
-            f"{path} names the model type '{config['model_type']}', which transformers does not "
-            f"know{own}; use another model, such as gpt2"
-        )
-    # transformers raises many types for a configuration it cannot use.
-    with explain_errors(str(path), "expected a configuration of transformers"):
-        loaded = AutoConfig.for_model(**config)
-    check_sizes(loaded.get_text_config(), path)
-    return loaded
-
-
-# More than any model has; what is below is tried, and then fits into memory or not.
-MOST = {"num_hidden_layers": 10**4, "num_attention_heads": 10**4, "hidden_size": 10**6, "vocab_size": 10**8}
-
-
-def check_sizes(config, path: Path) -> None:
-    """Refuse sizes of which no model can be made, before it is tried: it would take hours, or all of the memory."""
-    sizes = {name: getattr(config, name, None) for name in MOST}
-    sizes = {name: size for name, size in sizes.items() if type(size) is int}
-    for name, size in sizes.items():
-        if not 1 <= size <= MOST[name]:
-            raise UserError(f"{path}: {config.attribute_map.get(name, name)} is {size}; expected 1 to {MOST[name]}")
-    if len(sizes) < len(MOST) or not hasattr(os, "sysconf"):
-        return
-    # At least: two square matrices of attention and two of the feed-forward layer, in float32.
-    width, inner = sizes["hidden_size"], getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    inner = inner if type(inner) is int and inner > 0 else 4 * width
-    layers = 2 * sizes["num_hidden_layers"] * width * (width + inner)
-    needed, there = 4 * (layers + sizes["vocab_size"] * width), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise UserError(
-            f"{path}: a model of these sizes takes at least {needed / 2**30:.0f} GB, and this machine has "
-            f"{there / 2**30:.0f}; use a smaller one"
-        )
-
-
 def learn_bpe(texts: Iterable[str], vocab_size: int):
     """A byte-level BPE learned from `texts`: any language works, and no text is unknown to it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -308,49 +252,6 @@ def learn_bpe(texts: Iterable[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-# openai-gpt's pretraining text was standardised like this (Radford et al. 2018, section 4.1: ftfy and spaCy).
-STANDARD_CHARACTERS = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
-SPACED_OUT = re.compile(r"""(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|\\+|/+|\*+|\[+|\]+|\}+|\{+|\|+|_+)""")
-_spacy_english = None
-
-
-def spacy_words(text: str) -> str:
-    """Text split into words as openai-gpt's pretraining text was: `i'm` is `i 'm`, `don't` is `do n't`."""
-    global _spacy_english
-    import ftfy
-
-    if _spacy_english is None:  # a second to import, so only where openai-gpt is used
-        import spacy
-
-        _spacy_english = spacy.blank("en").tokenizer
-    text = ftfy.fix_text(text).translate(STANDARD_CHARACTERS)
-    text = " ".join(SPACED_OUT.sub(r" \1 ", text).split())
-    return " ".join(word.text for word in _spacy_english(text)).lower()
-
-
-DETOKENIZE = [
-    (re.compile(r"(\w) ?n ' t\b"), r"\1n't"),  # don ' t, ca n ' t
-    (re.compile(r"(\w) ' (s|m|t|d|re|ve|ll)\b", re.I), r"\1'\2"),  # i ' m
-    (re.compile(r"(\w) (n't|'(?:s|m|t|d|re|ve|ll))\b", re.I), r"\1\2"),  # do n't, i 'm
-    (re.compile(r"\b(gon|wan|got) (na|ta)\b"), r"\1\2"),  # as spaCy splits gonna, wanna, gotta
-    (re.compile(r"(?<=\.) (?=\.)"), ""),  # . . .
-    (re.compile(r" ([.,!?;:%]+)(?=\s|$)"), r"\1"),
-    (re.compile(r'(^|\s)" ([^"]+?) "(?=\W|$)'), r'\1"\2"'),
-    (re.compile(r"([(\[]) (.*?) ([)\]])"), r"\1\2\3"),
-    (re.compile(r"\s+"), " "),
-]
-
-
-def detokenize(text: str) -> str:
-    """Tokenised English put back as people write it: `i 'm fine , thanks .` becomes `i'm fine, thanks.`"""
-    for pattern, replacement in DETOKENIZE:
-        text = pattern.sub(replacement, text)
-    return text.strip()
-
-
-# What a text may go on with so that each rule of DETOKENIZE applies. A start that reads the same with all of them is
-# settled and can be shown.
-CONTINUATIONS = ["", "x", " x", "t", " t", "'t", "' t", " ' t", "n't", " n't", "n ' t", " n ' t"]
 CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "', ")", " )", "]", " ]"]
 
 

@@ -7,11 +7,11 @@ full LM logits in its default attention; nothing is cached or batched when gener
 import torch
 from transformers import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
 
-from cli import Decoding
 from decoding import draw, filtered_probabilities
 from inputs import Instance, Instances
 from metrics import WordModel
 from model import DialogModel, OpenAIGPTLMHeadModel, with_choice_head
+from options import Decoding
 from utils import DialogTokenizer, SpecialIds
 
 FULL = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # the openai-gpt shape

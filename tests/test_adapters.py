@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from adapters import add_adapter, look_up, project, trained_rows
+from batches import collate
 from cli import UserError
-from inputs import collate
 from learner import LR, Learner, LearningSettings, optimizer_step
 from model import DialogModel, with_choice_head
 from model_files import find_model, lasting_name

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from batches import collate
 from benchmarks import evaluation, generation, plain, training
 from benchmarks.common import SAMPLE, Bench, table
-from inputs import collate
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 import endpoint
-from cli import Decoding, UserError
+from cli import UserError
 from dialogs import MAX_MESSAGE
 from endpoint import Ask, Bot, Unavailable, Worker, asked_reply, completion, completion_events, read_request
+from options import Decoding
 
 BOT = Bot("tiny", ["i like tea ."], Decoding(max_length=12, min_length=12), max_history=1, seed=1, dialogs=None)
 HELLO = {"role": "user", "content": "hello"}

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convai_evaluation
+from batches import batches_by_length, collate
 from cli import UserError
 from convai_evaluation import evaluate, main, parse_settings
 from dialogs import Dialogs
 from helpers import run_python
-from inputs import Instances, batches_by_length, collate
+from inputs import Instances
 from metrics import WordModel, distinct, f1, figures_of, gold_rank, gold_ranks, normalize, reply_columns, split_words
 from tiny_models import embed
 from utils import load_dataset
@@ -745,17 +746,18 @@ def final_lines(figures: dict[str, float]) -> list[str]:
     [([], 1), (["--eval_type", "ppl"], 1), (["--eval_type", "f1"], 1), (["--eval_type", "all"], 3)],
     ids=["default", "ppl", "f1", "all"],
 )
-def test_final_lines(arguments: list[str], finals: int, dialog_model, command, tmp_path: Path) -> None:
+def test_final_lines(arguments: list[str], finals: int, dialog_model, command, caplog, tmp_path: Path) -> None:
     """They end the output; Hits@1, the default, is its last line."""
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     output = tmp_path / "report.json"
     base = ["--model_checkpoint", dialog_model("gpt2"), "--dataset_path", tmp_path / "data.json", "--output", output]
+    caplog.set_level(logging.INFO, "improvedflend")
     written = command(*base, *arguments)
     expected = final_lines(json.loads(output.read_text())["figures"])
     assert len(expected) == finals
     assert [line for line in written.out.splitlines() if "FINAL" in line] == expected
     assert written.out.splitlines()[-finals:] == expected
-    assert "replies/s" in written.err  # the progress bar's rate
+    assert "replies/s" in caplog.text  # how fast it was
 
 
 def test_table_names_the_published_figures(dialog_model, command, tmp_path: Path) -> None:

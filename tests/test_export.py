@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import export
 import train
-from cli import Decoding, UserError
+from cli import UserError
 from conversation import Conversation
 from gguf_file import LLAMA3, pre_tokenizer
 from helpers import ROOT
-from model import load_model
+from loading import load_model
 from model_files import find_model, find_run
+from options import Decoding
 from template import chat_template
 from tiny_models import TEXTS, load_folder, write_model
 from utils import load_tokenizer

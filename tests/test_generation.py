@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import conversation
-from cli import Decoding
 from conversation import Conversation
 from decoding import draw, filtered_probabilities
 from generation import DecodeState, Generation, generate_replies, last_hidden
+from options import Decoding
 from tiny_models import embed
 
 KINDS = ("openai-gpt", "gpt2", "llama", "mpt", "mamba")  # the last two do without packed rows and without a cache

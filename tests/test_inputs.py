@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
+from batches import batches_by_length, collate
 from helpers import IDS, make_split
-from inputs import Instance, Instances, batches_by_length, build_prefix, collate, truncate
+from inputs import Instance, Instances, build_prefix, truncate
 
 B, E, P, S1, S2 = IDS.bos, IDS.eos, IDS.pad, IDS.speaker1, IDS.speaker2
 

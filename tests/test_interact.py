@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import interact
-from cli import Decoding, UserError, printable
+from cli import UserError, printable
 from conversation import Conversation
 from decoding import Reply, rank_replies, repeating, sample
 from dialogs import MAX_MESSAGE, Dialogs, check_message, read_dataset
 from generation import PrefixCache, generate_replies
 from helpers import run_python
 from inputs import build_prefix
+from options import Decoding
 from terminal import GREEN, History, Prompt, Wrapper, box, coloured, text_width, wrapped
 from transcript import SavedChat, Transcript, last_dialog
 

@@ -17,11 +17,13 @@ from transformers import (
 )
 
 import cpu
+from batches import collate
 from cli import UserError
 from cpu import PackedLinear, optimize_for_cpu_inference
 from helpers import run_python
-from inputs import Instance, collate
-from model import gold_ranks, load_model
+from inputs import Instance
+from loading import load_model
+from model import gold_ranks
 from model_files import ModelFiles
 from tiny_models import PACKED, RAGGED, embed, make_instances, write_gguf
 from utils import load_tokenizer
@@ -349,7 +351,7 @@ def test_loading_a_legacy_checkpoint_prints_nothing(tiny, tmp_path):
         "logging.basicConfig(level=logging.INFO)\n"
         "from model_files import find_model\n"
         "from utils import load_tokenizer\n"
-        "from model import load_model\n"
+        "from loading import load_model\n"
         "for folder in sys.argv[1:]:\n"
         "    files = find_model(folder)\n"
         "    load_model(files, load_tokenizer(files), torch.device('cpu'))\n"

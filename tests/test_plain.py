@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import interact
 import train
-from cli import Decoding, UserError, log
+from cli import UserError, log
 from conversation import Conversation
 from dialogs import Dialogs
 from inputs import Instances, sentences_inside
 from model_files import ModelFiles, decoding_defaults, find_run
+from options import Decoding
 from template import template_fault
 from tiny_models import TEXTS
 from utils import load_dataset

@@ -12,13 +12,16 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cli import Decoding, UserError
+from batches import collate
+from cli import UserError
 from decoding import draw, filtered_probabilities
 from dialogs import read_dataset
 from helpers import IDS, make_split
-from inputs import Instances, build_prefix, collate, truncate
+from inputs import Instances, build_prefix, truncate
+from options import Decoding
 from records import Dialog, Utterance
-from utils import DialogTokenizer, detokenize, learn_bpe, spacy_words
+from utils import DialogTokenizer, learn_bpe
+from words import detokenize, spacy_words
 
 settings.register_profile(
     "same every time, however slow",

@@ -19,12 +19,12 @@ from urllib.parse import unquote
 
 import pytest
 
-import cli
 import convai_evaluation
 import dialogs
 import export
 import interact
 import model_files
+import options
 import report
 import train
 from dialogs import read_dataset
@@ -92,8 +92,8 @@ def actions(monkeypatch):
     """`actions(script)`: what argparse has of each option of a script."""
 
     def of(script: str) -> list:
-        made, parse = [], cli.Parser.parse_args
-        monkeypatch.setattr(cli.Parser, "parse_args", lambda self: (made.append(self), parse(self, []))[1])
+        made, parse = [], options.Parser.parse_args
+        monkeypatch.setattr(options.Parser, "parse_args", lambda self: (made.append(self), parse(self, []))[1])
         SCRIPTS[script].parse_settings()
         return [action for action in made[0]._actions if action.option_strings[:1] not in ([], ["-h"])]
 

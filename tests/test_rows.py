@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cli import Decoding
+from batches import collate
 from conversation import Conversation
 from helpers import IDS, make_split
-from inputs import DialogRows, Instances, collate
+from inputs import Instances
 from model import DialogModel
+from options import Decoding
+from rows import DialogRows
 
 B, E, P, S1, S2 = IDS.bos, IDS.eos, IDS.pad, IDS.speaker1, IDS.speaker2
 

@@ -24,11 +24,12 @@ import card
 import files
 import runs
 import train
-from cli import Decoding, UserError, log
+from cli import UserError, log
 from generation import generate_replies
 from inputs import build_prefix
 from learner import Learner
 from model_files import find_run
+from options import Decoding
 from template import chat_template
 from tiny_models import TEXTS
 from train import TrainingSettings

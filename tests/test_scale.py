@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import batches
 import cli
 import files
-import inputs
 import learner
 import runs
 import train
@@ -342,7 +342,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(options, tmp_path
 @pytest.mark.parametrize("kind", ["openai-gpt", "gpt2", "llama"])
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(kind, dialog_model, load):
     model, tokenizer = load(dialog_model(kind))
-    batch = inputs.collate([Instance([1, 2, 3, 4], [4, 4, 5, 5], [[7, 8], [9, 6]])], tokenizer.ids)
+    batch = batches.collate([Instance([1, 2, 3, 4], [4, 4, 5, 5], [[7, 8], [9, 6]])], tokenizer.ids)
     model.train()
 
     def gradients() -> tuple[list[torch.Tensor], int]:

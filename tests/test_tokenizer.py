@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from cli import UserError
+from configs import load_config_dict
 from model_files import ModelFiles
-from utils import DialogTokenizer, detokenize, learn_bpe, load_config_dict, load_tokenizer, spacy_words
+from utils import DialogTokenizer, learn_bpe, load_tokenizer
+from words import detokenize, spacy_words
 
 OURS = ["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]
 CHARACTERS = string.ascii_lowercase + string.digits + "é'<>?!.,-"

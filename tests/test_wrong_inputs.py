@@ -25,13 +25,14 @@ import convai_evaluation
 import interact
 import runs
 import train
-from cli import Decoding, UserError, explain_errors, run_script
+from cli import UserError, explain_errors, run_script
 from conversation import Conversation
 from dialogs import Dialogs, read_dataset
 from files import download, unpack
 from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, json_lines, kept, member, read, write_tar
 from inputs import Instances
 from model_files import find_model
+from options import Decoding
 from records import EXPECTED, FORMATS
 from transcript import Transcript
 from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer

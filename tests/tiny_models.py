@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from inputs import Instance
-from model import DialogModel, load_model
+from loading import load_model
+from model import DialogModel
 from model_files import find_model
 from utils import DialogTokenizer, SpecialIds, load_tokenizer
 
