@@ -11,7 +11,7 @@ from helpers import ROOT, run_python
 
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
 ROOMS = """
-    cli options progress files model_files configs messengers records formats dialogs transcript terminal words utils
+    cli options progress files model_files messengers records configs formats dialogs transcript terminal words utils
     inputs rows batches template prompts adapters model loading cpu decoding generation conversation metrics report
     learner processes runs card gguf_file
 """.split()
