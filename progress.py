@@ -65,7 +65,7 @@ class ProgressLines(AbstractContextManager):
         self.n += count
         now = self.clock()
         self.first = self.first or (now, self.n)
-        if now - self.told >= EVERY:
+        if now - self.told >= EVERY and self.n != self.total:  # `close` tells of the end
             self.told = now
             self.tell(now)
 
