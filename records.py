@@ -39,7 +39,9 @@ KEYS = {
 }
 SYNONYMS = {name: words.split() for name, words in KEYS.items()}
 # A key that is named where it is not read: what it holds was probably meant for the model.
-TELLING = re.compile(r"persona|character|system|speaker|role|author|dialog|conversation|session|split")
+TELLING = re.compile(
+    r"persona|character|system|speaker|role|author|dialog|conversation|session|split|^bio|profile|trait|background|scenario|facts"
+)
 SPEAKERS = {
     "other": "user human prompter customer client localhuman you",
     "bot": "assistant bot gpt chatgpt model ai agent chatbot char character",

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import struct
 import zlib
 from pathlib import Path
@@ -130,6 +131,16 @@ def test_keys_that_are_not_known_are_named_with_those_that_are(tmp_path):
     path.write_text(lines({"foo": 1, "bar": 2}))
     with pytest.raises(UserError, match="foo.*bar"):
         read(path)
+
+
+@pytest.mark.parametrize("key", ["bio", "user_persona", "Character Description", "traits", "test_split"])
+def test_a_key_that_looks_like_a_persona_or_a_split_and_is_not_read_is_named_once(key, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "improvedflend")
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    path = tmp_path / "file.jsonl"
+    path.write_text(lines(*[{key: "i bake.", "messages": turns}] * 3))
+    read(path)
+    assert [message for message in caplog.messages if f"the key {key} (3)" in message] == caplog.messages[:1]
 
 
 # ------------------------------------------------------------------------------------------------------------
