@@ -149,7 +149,8 @@ def training_command(settings: TrainingSettings) -> str:
         if known.default is None:  # then the other options decide it
             left_out = replace(settings, **{name: None}) == settings
         if not left_out and name not in (*OF_ONE_START, "runs_dir", "dataset_cache", "device"):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            flag = [f"--{name}"] if value else [f"--no_{name}"]
+            words += flag if isinstance(value, bool) else [f"--{name}", str(value)]
     return f"{launch_command()} train.py {shlex.join(words)}".rstrip()
 
 

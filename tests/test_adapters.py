@@ -305,6 +305,8 @@ def test_what_is_left_out_is_decided_by_the_rest():
     assert (adapted.lr, adapted.lora_alpha) == (pytest.approx(6.25e-4), 32)
     assert (LearningSettings(lora=16, lr=1e-3).lr, LearningSettings(lora=4, lora_alpha=4).lora_alpha) == (1e-3, 4)
     assert training_command(TrainingSettings()) == "python train.py"
+    assert training_command(TrainingSettings(token_types=True)) == "python train.py --token_types"
+    assert training_command(TrainingSettings(token_types=False)) == "python train.py --no_token_types"
     assert training_command(TrainingSettings(lora=8)) == "python train.py --lora 8"
     given = TrainingSettings(lora=8, lora_alpha=8, lr=LR, lora_save="adapter")
     assert training_command(given) == f"python train.py --lr {LR} --lora 8 --lora_alpha 8 --lora_save adapter"
