@@ -47,7 +47,7 @@ class Layout:
         self.tokens, self.types, self.positions, self.segments, self.forks, self.sizes = [], [], [], [], [], []
 
     def add(self, row: Instance | DialogRow, branches: list[Branch], speaker: int) -> None:
-        size, number = len(row.trunk), 0
+        size = len(row.trunk)
         self.tokens += row.trunk
         self.types += row.token_types
         self.positions += range(size)

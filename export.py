@@ -82,7 +82,7 @@ def modelfile(gguf: str, model: DialogModel, max_history: int, persona: list[str
 
 
 def parse_settings() -> ExportSettings:
-    parser = Parser("Make a plain checkpoint a GGUF file and a Modelfile, for llama.cpp and Ollama.", ExportSettings)
+    parser = Parser(__doc__, ExportSettings)
     parser.add_argument("model", nargs="?", default="runs/latest", help="run folder, or one with an adapter")
     return ExportSettings.from_args(parser.parse_args())
 

@@ -1,4 +1,4 @@
-"""What the model reads: truncated instances and packed batches (Wolf et al. 2019, arXiv 1901.08149, section 3)."""
+"""What the model reads: rows of a reply each, truncated to fit it (Wolf et al. 2019, arXiv 1901.08149, section 3)."""
 
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -45,11 +45,6 @@ class Instance:
         return self.prefix
 
     @property
-    def size(self) -> int:
-        """Tokens."""
-        return len(self.prefix) + sum(map(len, self.candidates))
-
-    @property
     def replies(self) -> list[Reply]:
         end = len(self.prefix) - 1
         return [Reply(end, [Branch(end, tokens) for tokens in self.candidates])]
@@ -68,11 +63,6 @@ class DialogRow:
     token_types: list[int]  # of the trunk
     replies: list[Reply] = field(default_factory=list)
     extra: list[int] = field(default_factory=list)  # none: an instance's
-
-    @property
-    def size(self) -> int:
-        """Tokens."""
-        return len(self.trunk) + sum(len(branch.tokens) for reply in self.replies for branch in reply.candidates)
 
 
 def truncate(
@@ -194,6 +184,11 @@ class Instances(torch.utils.data.Dataset):
     def n_history(self) -> int:
         return utterances_shown(self.max_history)
 
+    def longest(self) -> np.ndarray:
+        """Tokens of each utterance's longest candidate, of all that it has."""
+        split = self.split
+        return np.maximum.reduceat(split.sizes[split.candidates.values], split.candidates.offsets[:-1])
+
     def lengths(self) -> np.ndarray:
         """Tokens of each utterance's prefix and longest candidate, of all, before anything is truncated.
 
@@ -207,7 +202,7 @@ class Instances(torch.utils.data.Dataset):
             3  # <bos>, the reply's speaker, <eos>
             + row_sums(split.persona, persona_sizes)[split.dialogs]
             + row_sums(split.history, split.sizes + 1, last=self.n_history)
-            + np.maximum.reduceat(split.sizes[split.candidates.values], split.candidates.offsets[:-1])
+            + self.longest()
         )
 
     def report_truncation(self, name: str) -> None:

@@ -99,6 +99,11 @@ class StepSampler:
         return math.ceil((self.size - self.start) / self.step_size)
 
 
+def row_size(row: Instance | DialogRow) -> int:
+    """Tokens of a row."""
+    return len(row.trunk) + sum(len(branch.tokens) for reply in row.replies for branch in reply.candidates)
+
+
 def collate_step(
     rows: list[Instance | DialogRow], batch_size: int, ids: SpecialIds, filler: Instance | DialogRow
 ) -> tuple[list[Batch], int]:
@@ -109,7 +114,7 @@ def collate_step(
     with weight 0.
     """
     weight = 1 if rows else 0
-    rows = sorted(rows or [filler], key=lambda row: row.size)
+    rows = sorted(rows or [filler], key=row_size)
     last_replies = np.cumsum([len(row.replies) for row in rows])
     numbers = ((last_replies - 1) // batch_size).tolist()  # of the micro-batch
     batches = groupby(zip(numbers, rows, strict=True), key=itemgetter(0))

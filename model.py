@@ -167,7 +167,7 @@ class DialogModel(nn.Module):
         super().__init__()
         self.lm, self.ids = lm, ids
         self.packed = True
-        self.untrained: list[int] = []  # special tokens that mean nothing to it yet: neither read as types nor said
+        self.untrained: list[int] = []  # special tokens that mean nothing to it yet: never said
         self.limit = context_length(lm.config)
 
     @property
@@ -254,7 +254,7 @@ class DialogModel(nn.Module):
 
         The body adds positions.
         """
-        if self.untrained or not self.ids.token_types:
+        if not self.ids.token_types:
             return look_up(self.lm.get_input_embeddings(), tokens)
         # Both in one lookup, because the gradient of a lookup is as large as the whole embedding.
         return look_up(self.lm.get_input_embeddings(), torch.stack([tokens, types])).sum(0)
@@ -281,9 +281,10 @@ class DialogModel(nn.Module):
             if self.ids.token_types:
                 lm.save_pretrained(partial)
                 return
-            head = {name: tensor for name, tensor in lm.state_dict().items() if name.startswith(HEAD)}
-            lm.save_pretrained(partial, state_dict={n: t for n, t in lm.state_dict().items() if n not in head})
-            save_file({name: tensor.contiguous() for name, tensor in head.items()}, partial / HEAD_WEIGHTS)
+            tensors = lm.state_dict()
+            head = {name: tensors.pop(name).contiguous() for name in list(tensors) if name.startswith(HEAD)}
+            lm.save_pretrained(partial, state_dict=tensors)
+            save_file(head, partial / HEAD_WEIGHTS)
 
     def add_adapter(self, rank: int, alpha: int) -> None:
         """From now on train only an adapter, the multiple-choice head and the five tokens (see adapters.py)."""

@@ -292,6 +292,20 @@ def fetch_from_hub(repo: str) -> Path:
     return folder
 
 
+def find_run(name: str) -> Path:
+    """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
+    folder = typed_path(name)
+    kinds = OSError, ValueError, RuntimeError  # a loop of links, a name that is too long or holds a NUL, bytes
+    with explain_errors(f"cannot read {folder}", "expected a run folder of train.py", *kinds):
+        if folder.is_file():
+            folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+        folder = folder.resolve()
+        begun = (folder / "training_args.json").is_file()
+    if not begun:
+        raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
+    return folder
+
+
 # ------------------------------------------------------------------------------------------------------------
 # smollm2
 # ------------------------------------------------------------------------------------------------------------
@@ -349,35 +363,24 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's model, dequantised to float32, and its tokenizer as a folder of transformers."""
     from transformers import AutoTokenizer  # heavy: only where something is converted
 
-    lm = read_gguf(gguf)
+    quantised = read_gguf(gguf)
+    plain = type(quantised)(quantised.config)
+    plain.load_state_dict(quantised.state_dict(), assign=True)
+    plain.tie_weights()
     with whole_files(folder) as partial:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        lm.save_pretrained(partial)
+        plain.save_pretrained(partial)
 
 
 def read_gguf(gguf: Path):
-    """A GGUF file's model in float32, as any other: transformers marks it as quantised, and then refuses `.half()`."""
+    """A GGUF file's model in float32. transformers marks it as quantised: it cannot be saved, nor be halved.
+
+    Its config and state dict are those of a plain model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         quantised.config.__dict__.pop(name, None)
-    plain = type(quantised)(quantised.config)
-    plain.load_state_dict(quantised.state_dict(), assign=True)
-    plain.tie_weights()
-    return plain
-
-
-def find_run(name: str) -> Path:
-    """The run folder of that name, which may be `.../latest`. Raises UserError where train.py left none there."""
-    folder = typed_path(name)
-    kinds = OSError, ValueError, RuntimeError  # a loop of links, a name that is too long or holds a NUL, bytes
-    with explain_errors(f"cannot read {folder}", "expected a run folder of train.py", *kinds):
-        if folder.is_file():
-            folder = folder.parent / folder.read_text(encoding="utf-8").strip()
-        folder = folder.resolve()
-        begun = (folder / "training_args.json").is_file()
-    if not begun:
-        raise UserError(f"{folder} holds no training_args.json; expected a run folder of train.py, such as runs/latest")
-    return folder
+    return quantised

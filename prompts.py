@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cli import UserError, first_line
+from cli import UserError, explain_errors, first_line
 from files import typed_path
 from inputs import Instances, Prefix
+from template import history_messages
 from utils import DialogTokenizer, SpecialIds
 
 INSTRUCTIONS = """You are chatting with someone you have just met. This is who you are:
@@ -19,10 +20,8 @@ def read_instructions(name: str) -> str:
     """The words around the persona from a file, or our own where `name` is empty. Raises UserError."""
     if not name:
         return INSTRUCTIONS
-    try:
+    with explain_errors(f"cannot read --instructions {name}", "expected UTF-8 text", OSError, UnicodeDecodeError):
         text = typed_path(name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --instructions {name}: {first_line(error)}; expected UTF-8 text") from error
     if PERSONA not in text:
         raise UserError(f"--instructions {name} holds no {PERSONA}; put it where the persona's sentences belong")
     return text
@@ -67,9 +66,9 @@ class ChatTemplate:
         return end[0]
 
     def ids(self) -> SpecialIds:
-        """The special tokens of a dialog, of which the reply's end is the template's."""
+        """The special tokens of a dialog, of which the reply's end is the template's; no token types."""
         ids = self.tokenizer.ids
-        return replace(ids, eos=self.end, all=ids.all | {self.end})
+        return replace(ids, eos=self.end, all=ids.all | {self.end}, token_types=False)
 
     def _plain(self, text: str) -> str:
         """Text in which no special token can be read: a mark without width parts its first two signs."""
@@ -81,8 +80,7 @@ class ChatTemplate:
     def prefix(self, persona: list[str], history: list[str]) -> list[int]:
         """The tokens before a reply."""
         system = self.instructions.replace(PERSONA, "\n".join(map(self._plain, persona)))
-        roles = ("user", "assistant") if len(history) % 2 else ("assistant", "user")
-        turns = [{"role": roles[i % 2], "content": self._plain(text)} for i, text in enumerate(history)]
+        turns = history_messages(list(map(self._plain, history)))
         try:
             return self._ids(self._render([{"role": "system", "content": system}, *turns]))
         except Exception:  # some templates know no system message, and let the user begin

@@ -52,28 +52,29 @@ class DialogRows(torch.utils.data.Dataset):
 
     def plan(self) -> Iterator[RowPlan]:
         """Divide the replies into rows, in order."""
-        split, limit = self.instances.split, self.instances.limit
-        longest = np.maximum.reduceat(split.sizes[split.candidates.values], split.candidates.offsets[:-1])
+        split, limit, longest = self.instances.split, self.instances.limit, self.instances.longest()
+
+        def tokens(strings: np.ndarray) -> int:
+            """Of these, each with one more: an utterance's speaker, or the space before a sentence of a persona."""
+            return int((split.sizes[strings] + 1).sum())
+
         row, length = None, 0  # of the trunk, up to the next reply's speaker
         for utterance in range(len(split)):
             news = self.news(utterance) if row and row.count < self.most else None
             if news is not None:
                 gold = int(split.sizes[split.candidates[utterance - 1][-1]])
-                length += gold + int((split.sizes[news] + 1).sum()) + 1
+                length += gold + tokens(news) + 1
             if news is None or length + longest[utterance] + 1 > limit:
                 if row:
                     yield row
                 history, persona = split.history[utterance], split.persona[split.dialogs[utterance]]
                 shown = np.cumsum(split.sizes[history[::-1]] + 1)
                 first = not (row and split.dialogs[row.first] == split.dialogs[utterance])
-                # One more for the space before each sentence of a persona.
-                room = (limit if first else limit // 2) - int((split.sizes[persona] + 1).sum()) - 3
+                room = (limit if first else limit // 2) - tokens(persona) - 3
                 room -= int(longest[utterance]) if first else 0
                 kept = max(1, int(np.searchsorted(shown, room, side="right")))
                 row = RowPlan(utterance, max(0, len(history) - kept))
-                length = (
-                    2 + int((split.sizes[persona] + 1).sum()) + int((split.sizes[history[row.history :]] + 1).sum())
-                )
+                length = 2 + tokens(persona) + tokens(history[row.history :])
             else:
                 row.count += 1
             self.shortened += row.history > 0

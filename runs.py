@@ -1,4 +1,4 @@
-"""What a run leaves: its folder, settings, log, checkpoints to resume from, curves and model card."""
+"""What a run leaves to be resumed: its folder, settings, log and checkpoints; and what it tells while it trains."""
 
 import contextlib
 import json

@@ -31,6 +31,12 @@ def chat_template(n_history: int) -> str:
     return TEMPLATE.format(shown="" if whole else SHOWN.format(before=n_history, with_reply=n_history + 1))
 
 
+def history_messages(history: list[str]) -> list[dict[str, str]]:
+    """A history as messages for a chat template: speakers alternate backwards from the reply, the assistant's."""
+    roles = ("user", "assistant") if len(history) % 2 else ("assistant", "user")
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(history)]
+
+
 def set_template(tokenizer: DialogTokenizer, instances: Instances) -> None:
     """Give a tokenizer the chat template of our rows, or none where no template gives their ids.
 
@@ -58,9 +64,8 @@ def template_fault(tokenizer: DialogTokenizer, instances: Instances) -> str:
         if split.dialogs[row] >= COMPARED:
             break
         history = split.history_texts(row)
-        roles = ("user", "assistant") if len(history) % 2 else ("assistant", "user")
-        messages = [{"role": "system", "content": " ".join(split.persona_texts(row))}]
-        messages += [{"role": roles[place % 2], "content": text} for place, text in enumerate(history)]
+        persona = {"role": "system", "content": " ".join(split.persona_texts(row))}
+        messages = [persona, *history_messages(history)]
         ids = tokenizer.hf.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, return_dict=False
         )

@@ -252,9 +252,6 @@ def learn_bpe(texts: Iterable[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "', ")", " )", "]", " ]"]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The dataset cache: tokens, texts and who says what, in one file
 # ------------------------------------------------------------------------------------------------------------

@@ -49,3 +49,4 @@ def detokenize(text: str) -> str:
 # What a text may go on with so that each rule of DETOKENIZE applies. A start that reads the same with all of them is
 # settled and can be shown.
 CONTINUATIONS = ["", "x", " x", "t", " t", "'t", "' t", " ' t", "n't", " n't", "n ' t", " n ' t"]
+CONTINUATIONS += ["s", " 's", " ' s", "m", "e", "l", ".", " .", '"', ' "', ' x "', ")", " )", "]", " ]"]
