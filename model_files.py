@@ -219,7 +219,10 @@ def lasting_name(name: str) -> str:
 
 def find_finetuned_model(name: str) -> ModelFiles:
     """As `find_model`, for talking and evaluating: there openai-gpt is the published model fine-tuned from it."""
-    return find_model(FINETUNED_URL if name == "openai-gpt" else name)
+    if name != "openai-gpt":
+        return find_model(name)
+    instead = "pass --model a local folder or file, such as data/smollm2-persona, a model that comes with the toolkit"
+    return find_model_in_file(download(FINETUNED_URL, instead))
 
 
 # In transformers' generation config, what has another name here.

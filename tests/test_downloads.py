@@ -399,6 +399,13 @@ def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server,
     assert find_finetuned_model(str(tmp_path / "model")) == ModelFiles(tmp_path / "model")
 
 
+def test_where_the_published_model_cannot_be_fetched_another_one_is_named(server, cache, monkeypatch):
+    monkeypatch.setattr(model_files, "FINETUNED_URL", server.url)
+    server.answers = ["404"]
+    with pytest.raises(UserError, match="such as data/smollm2-persona, a model that comes with the toolkit$"):
+        find_finetuned_model("openai-gpt")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # smollm2
 # ------------------------------------------------------------------------------------------------------------
