@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from batches import Batch, batches_by_length
 from card import describe
+from checkpoints import Progress, checkpoint_files, newest_checkpoint, restore, save_checkpoint
 from cli import UserError, first_line, join_processes, log, run_script
 from dialogs import Dialogs
 from files import is_url, typed_path, whole_files
@@ -36,17 +37,12 @@ from rows import DialogRows
 from runs import (
     OF_ONE_START,
     RUNS,
-    Progress,
-    checkpoints,
     hold_run,
     logging_to,
     new_run_folder,
-    newest_checkpoint,
     progress_bars,
     recognize_dataset,
-    restore,
     run_of_launchers,
-    save_checkpoint,
     write_settings,
 )
 from template import set_template
@@ -448,7 +444,7 @@ def train_run(settings: TrainingSettings, device: torch.device, held: contextlib
     folder = run_to_go_on_with(settings, launchers)
     if folder:
         hold_run(folder, held)
-    saved = idist.all_gather(bool(folder and checkpoints(folder)))[0]
+    saved = idist.all_gather(bool(folder and checkpoint_files(folder)))[0]
     dialogs = Dialogs(settings.dataset_path, settings.valid_path)
     with idist.one_rank_first(local=True):  # of each node: it downloads and tokenises, the others find it done
         # The run folder has it all but, with --lora, the frozen weights as they were.

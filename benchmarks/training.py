@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
+import checkpoints
 import learner as learning
-import runs
 from benchmarks import plain
 from benchmarks.common import Bench, Row, peak_flops, seconds
 from train import StopSignal, TrainingSettings, build_trainer
@@ -40,7 +40,7 @@ def our_rate(bench: Bench, instances, settings: TrainingSettings, bf16: bool) ->
     sampler.size = min(sampler.size, len(instances))
     collate = partial(learning.collate_step, batch_size=settings.train_batch_size, ids=bench.ids, filler=instances[0])
     loader = DataLoader(instances, batch_sampler=sampler, collate_fn=collate)
-    trainer = build_trainer(learner, sampler, runs.Progress(), StopSignal(), settings)
+    trainer = build_trainer(learner, sampler, checkpoints.Progress(), StopSignal(), settings)
     trainer.run(loader, max_epochs=1)
     return trainer.state.output["utterances/s"]
 

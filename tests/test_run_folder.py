@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 import card
+import checkpoints
 import files
 import runs
 import train
@@ -140,7 +141,7 @@ def test_resumed_run_has_whole_curves_and_card(run, tmp_path):
     before, text = (folder / "curves.png").read_bytes(), (folder / "README.md").read_bytes()
     assert before[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", before[16:24]) == (1200, 360)
     assert len(before) > 10_000
-    runs.checkpoints(folder)[-1].unlink()
+    checkpoints.checkpoint_files(folder)[-1].unlink()
     run_train("--resume", folder)  # the second epoch again: nothing is lost and nothing twice
     assert ((folder / "curves.png").read_bytes(), (folder / "README.md").read_bytes()) == (before, text)
     run_train("--resume", folder, "--n_epochs", 3)
@@ -170,7 +171,7 @@ def test_a_run_knows_its_dataset_by_its_content(run, options, tmp_path):
     run_train(*resume[:3], 5)  # it is the run's dataset from now on
     with pytest.raises(UserError, match="other data, of 12 utterances"):  # a launcher's restart: of the same options
         state, settings = {"size": 12, "dataset": "a"}, SimpleNamespace(dataset_digest="b", changed_dataset=False)
-        runs.restore(state, None, runs.Progress(), 12, settings)
+        checkpoints.restore(state, None, checkpoints.Progress(), 12, settings)
 
 
 def test_model_card(run, monkeypatch):
@@ -255,7 +256,7 @@ def test_a_run_goes_on_on_another_device_than_it_was_started_on(device):
     state = {"size": 3, "progress": {"step": 7}, "generators": [{"cpu": before}], "learner": {}}
     torch.manual_seed(123)
     settings = SimpleNamespace(n_epochs=3, seed=0, dataset_digest="", changed_dataset=False)
-    runs.restore(state, learner, progress := runs.Progress(), 3, settings)
+    checkpoints.restore(state, learner, progress := checkpoints.Progress(), 3, settings)
     assert progress.step == 7
     assert torch.equal(torch.get_rng_state(), before) == (device == "cpu")  # another generator begins anew
 
@@ -317,16 +318,16 @@ def learner_of(run, load) -> Learner:
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_checkpoint_that_does_not_fit_gives_way_to_the_one_before(name, run, learner_of, tmp_path, caplog):
     shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
-    older, newest = runs.checkpoints(tmp_path)
+    older, newest = checkpoints.checkpoint_files(tmp_path)
     state = torch.load(newest)
     DAMAGES[name](state)
     torch.save(state, newest)
-    assert runs.newest_checkpoint(tmp_path, learner_of)["progress"]["step"] == 3
+    assert checkpoints.newest_checkpoint(tmp_path, learner_of)["progress"]["step"] == 3
     (said,) = caplog.messages
     assert said.startswith(f"warning: {newest} cannot be read (") and "trying the one before it" in said
     newest.unlink()
     caplog.clear()
-    assert runs.newest_checkpoint(tmp_path, learner_of) and not caplog.messages
+    assert checkpoints.newest_checkpoint(tmp_path, learner_of) and not caplog.messages
 
 
 def test_odd_lines_of_a_log_are_left_out(run, tmp_path):

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 import batches
+import checkpoints
 import cli
 import files
 import learner
-import runs
 import train
 from cli import UserError
 from files import whole_files
@@ -380,7 +380,7 @@ def test_killed_five_times(options, uninterrupted, tmp_path):
     for found, expected in zip(validations(tmp_path), validations(uninterrupted(1)), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
     assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
-    assert [path.name for path in runs.checkpoints(find_run(tmp_path / "runs" / "latest"))] == [
+    assert [path.name for path in checkpoints.checkpoint_files(find_run(tmp_path / "runs" / "latest"))] == [
         "step-000000022.pt",
         "step-000000024.pt",
     ]
@@ -406,7 +406,7 @@ def test_an_adapter_goes_on_from_a_checkpoint_of_what_is_trained(options, tmp_pa
     adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders]
     torch.testing.assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-4)
     assert [(folder / "model.safetensors").exists() for folder in folders] == [True, False]
-    state = torch.load(runs.checkpoints(folders[0])[-1])["learner"]
+    state = torch.load(checkpoints.checkpoint_files(folders[0])[-1])["learner"]
     sizes = {name: tensor.numel() for name, tensor in state["model"].items() if "trainable_tokens_original" not in name}
     assert sum(sizes.values()) == sum(tensor.numel() for tensor in adapters[0].values()) + 5 * 32  # tied: twice there
 
@@ -451,7 +451,7 @@ def test_a_launcher_that_is_gone_ends_the_run_with_a_save(options, uninterrupted
         assert agent.wait() == -signal.SIGKILL
     folder = find_run(tmp_path / "runs" / "latest")
     with files.lock(folder / ".run"):  # until its processes have ended
-        assert [path.name for path in runs.checkpoints(folder)][-1] == "step-000000003.pt"
+        assert [path.name for path in checkpoints.checkpoint_files(folder)][-1] == "step-000000003.pt"
     assert max(losses(tmp_path)) == 3
     resume(tmp_path, world_size=2)
     assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
@@ -476,7 +476,7 @@ def test_damaged_checkpoints_and_a_full_disk(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted(1) / "runs", tmp_path / "runs", symlinks=True)
     folder = find_run(tmp_path / "runs" / "latest")
     expected = losses(tmp_path)
-    older, newest = runs.checkpoints(folder)
+    older, newest = checkpoints.checkpoint_files(folder)
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
     # a file may be as large as half a checkpoint

@@ -13,7 +13,7 @@ from helpers import ROOT, run_python
 ROOMS = """
     cli options progress files model_files messengers records configs formats dialogs transcript terminal words utils
     inputs rows batches template prompts adapters model loading cpu decoding generation conversation metrics report
-    learner processes runs card gguf_file
+    learner processes checkpoints runs card gguf_file
 """.split()
 SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}

@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import convai_evaluation
 import interact
-import runs
 import train
 from cli import UserError, explain_errors, run_script
 from conversation import Conversation
@@ -722,7 +722,7 @@ def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, monkeypatch, caplog)
     path = tmp_path / "checkpoints" / "step-1.pt"
     path.write_bytes(saved({"learner": Malice()}))
     with pytest.raises(UserError) as caught:
-        runs.newest_checkpoint(tmp_path, None)
+        checkpoints.newest_checkpoint(tmp_path, None)
     assert str(caught.value) == f"no checkpoint in {tmp_path}/checkpoints can be read; start a new run"
     reason = "its pickle is damaged, or holds more than tensors, such as code to run"
     assert caplog.messages == [f"warning: {path} cannot be read ({reason}); trying the one before it"]
