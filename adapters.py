@@ -99,7 +99,8 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
             config.inference_mode = True
             adapted = get_peft_model(lm, config)
             own = {name for name, _ in adapted.named_parameters() if f".{NAME}" in name}  # tied ones are there once
-            result = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+            weights = load_peft_weights(str(folder), device="cpu")
+            result = set_peft_model_state_dict(adapted, weights)
             lm = adapted.merge_and_unload()
     except Exception as error:  # peft, safetensors and torch raise many types for what they cannot use
         raise UserError(
@@ -114,6 +115,7 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 f"the adapter in {folder} {fault} {len(names)} tensors, such as {min(names)}; "
                 f"expected a whole one, of the model that its {ADAPTER_CONFIG} names"
             )
+    lm.choice_head_trained |= any("multiple_choice_head" in name for name in weights)
     return lm
 
 

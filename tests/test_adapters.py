@@ -221,7 +221,9 @@ def test_an_adapter_on_an_adapter(trained, load, tmp_path):
     second = Trained(first.save(), tmp_path / "second", load)
     assert find_model(str(second.save())).adapters == (first.folder, second.folder)
     same(second.before, second.outputs(first.model))
-    same(second.outputs(load(second.folder)[0]), second.outputs())
+    model, _ = load(second.folder)
+    same(second.outputs(model), second.outputs())
+    assert model.lm.choice_head_trained and not load(first.base)[0].lm.choice_head_trained
 
 
 def test_an_adapter_that_peft_alone_made(tiny, load, tmp_path):
@@ -232,6 +234,7 @@ def test_an_adapter_that_peft_alone_made(tiny, load, tmp_path):
     model, _ = load(tmp_path / "adapter")
     expected = adapted(input_ids=torch.arange(9)[None]).logits
     same(model.lm(input_ids=torch.arange(9)[None]).logits[..., : expected.shape[-1]], expected)
+    assert not model.lm.choice_head_trained
 
 
 def test_names_that_last(tmp_path, monkeypatch):
