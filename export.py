@@ -11,15 +11,14 @@ from files import typed_path, whole_files
 from gguf_file import ARCHITECTURES, FILE_TYPES, write_gguf
 from inputs import utterances_shown
 from loading import load_model
-from model import DialogModel
-from model_files import ModelFiles, find_model, find_run
-from options import Parser, Settings, option
+from model_files import ModelFiles, decoding_defaults, find_model, find_run
+from options import Decoding, Parser, Settings, option
 from utils import DialogTokenizer, load_tokenizer
 
 # The rows of template.py in Go's language, which Ollama has in place of Jinja. System messages are in .Messages too.
 TEMPLATE = (
     "<bos>{{ .System }}{{ range $i, $_ := .Messages }}"
-    '{{ if and (ne .Role "system") (le (len (slice $.Messages $i)) N) }}'
+    '{{ if and (ne .Role "system")SHOWN }}'
     '{{ if eq .Role "assistant" }}<speaker1>{{ else }}<speaker2>{{ end }}{{ .Content }}{{ end }}{{ end }}<speaker1>'
 )
 
@@ -68,13 +67,17 @@ def check_plain(files: ModelFiles, tokenizer: DialogTokenizer) -> None:
             )
 
 
-def modelfile(gguf: str, model: DialogModel, max_history: int, persona: list[str]) -> str:
-    """What `ollama create` reads: the model's file, its rows as a template, how replies are drawn, and the persona."""
-    drawn = model.lm.generation_config
-    parameters = {name: getattr(drawn, name) for name in ("temperature", "top_k", "top_p")}
+def modelfile(gguf: str, limit: int, max_history: int, decoding: Decoding, persona: list[str]) -> str:
+    """What `ollama create` reads: the model's file, its rows as a template, how replies are drawn, and the persona.
+
+    Args:
+        limit: tokens that the model takes at once.
+    """
+    parameters = {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     # Ollama's own defaults are more tokens than some models take, and 1.1.
-    parameters |= {"num_ctx": model.limit, "repeat_penalty": 1.0}
-    template = TEMPLATE.replace("N)", f"{utterances_shown(max_history)})")
+    parameters |= {"num_ctx": limit, "repeat_penalty": decoding.repetition_penalty}
+    shown = "" if max_history == -1 else f" (le (len (slice $.Messages $i)) {utterances_shown(max_history)})"
+    template = TEMPLATE.replace("SHOWN", shown)
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     lines += [f'SYSTEM """{" ".join(persona)}"""'] * bool(persona)
@@ -105,9 +108,10 @@ def main() -> None:
     check_plain(files, tokenizer)
     model = load_model(files, tokenizer, torch.device("cpu"))
     name, max_history = f"model-{settings.gguf}.gguf", tokenizer.choose_max_history(None)
+    decoding = Decoding(**decoding_defaults(files, Decoding.options()))
     with whole_files(folder) as partial:
         write_gguf(partial / name, model, tokenizer, settings.gguf)
-        text = modelfile(name, model, max_history, settings.personality or [])
+        text = modelfile(name, model.limit, max_history, decoding, settings.personality or [])
         (partial / "Modelfile").write_text(text, encoding="utf-8")
     log.info(f"saved {folder / name} and {folder / 'Modelfile'}; to serve them:")
     log.info(f"llama-server -m {folder / name}\nollama create my-model -f {folder / 'Modelfile'}")

@@ -146,10 +146,14 @@ def test_modelfile(plain, exported):
     assert first == "FROM ./model-f16.gguf" and system == 'SYSTEM """i like cats. my car is red."""'
     assert template.startswith('TEMPLATE """<bos>{{ .System }}') and template.endswith('<speaker1>"""')
     assert "(le (len (slice $.Messages $i)) 3)" in template
-    expected = {"temperature": "0.7", "top_k": "0", "top_p": "0.9", "num_ctx": "1024", "repeat_penalty": "1.0"}
+    expected = {"temperature": "0.7", "top_k": "0", "top_p": "0.9", "min_p": "0.0"}
+    expected |= {"num_ctx": "1024", "repeat_penalty": "1.0"}
     assert dict(line.removeprefix("PARAMETER ").split() for line in parameters) == expected
     exported(folder)
     assert "SYSTEM" not in (folder / "Modelfile").read_text()
+    # Of a whole history nothing is left out. The replies are drawn as the folder says.
+    text = export.modelfile("m.gguf", 512, -1, Decoding(min_p=0.1, repetition_penalty=1.2), [])
+    assert "slice" not in text and "PARAMETER min_p 0.1" in text and "PARAMETER repeat_penalty 1.2" in text
 
 
 def write_sentencepiece(folder: Path) -> None:
