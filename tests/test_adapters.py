@@ -15,13 +15,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from adapters import add_adapter, look_up, project, trained_rows
 from batches import collate
 from cli import UserError
+from inputs import utterances_shown
 from learner import LR, Learner, LearningSettings, optimizer_step
 from model import DialogModel, with_choice_head
-from model_files import find_model, lasting_name
+from model_files import ModelFiles, decoding_defaults, find_model, lasting_name
+from options import Decoding
 from runs import new_run_folder
+from template import chat_template
 from tiny_models import PACKED, RAGGED, SIZES, make_instances
 from train import TrainingSettings, training_command
+from utils import load_tokenizer
 
+SHIPPED = Path(__file__).parents[1] / "data" / "smollm2-persona"
+SMOLLM2_TRAINED = 4_887_937  # numbers that an adapter of rank 16 trains of it
 RANK, LAYERS, WIDTH = 4, 2, 32
 TIED = {"tie_word_embeddings": True}
 MODELS = [
@@ -110,9 +116,8 @@ def test_the_number_that_is_trained_of_smollm2():
         lm = with_choice_head(LlamaForCausalLM)(config)
         add_adapter(lm, 16, 32, list(range(49152, 49157)))
     layers = 30 * 16 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
-    assert (
-        sum(weight.numel() for weight in lm.parameters() if weight.requires_grad) == layers + 577 + 5 * 576 == 4887937
-    )
+    count = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
+    assert count == layers + 577 + 5 * 576 == SMOLLM2_TRAINED
 
 
 @pytest.mark.parametrize(("kind", "config"), MODELS)
@@ -235,6 +240,20 @@ def test_an_adapter_that_peft_alone_made(tiny, load, tmp_path):
     expected = adapted(input_ids=torch.arange(9)[None]).logits
     same(model.lm(input_ids=torch.arange(9)[None]).logits[..., : expected.shape[-1]], expected)
     assert not model.lm.choice_head_trained
+
+
+def test_the_adapter_that_comes_with_the_toolkit(tiny):
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 12e6
+    config = json.loads((SHIPPED / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["r"]) == ("smollm2", 16)
+    weights = load_file(SHIPPED / "adapter_model.safetensors").values()
+    assert sum(weight.numel() for weight in weights) == SMOLLM2_TRAINED
+    assert all(weight.dtype == torch.bfloat16 and weight.isfinite().all() for weight in weights)
+    files = ModelFiles(tiny("llama"), adapters=(SHIPPED,))
+    tokenizer = load_tokenizer(files)
+    assert (len(tokenizer), tokenizer.max_history, tokenizer.ids.token_types) == (49157, -1, False)
+    assert tokenizer.hf.chat_template == chat_template(utterances_shown(-1))
+    Decoding(**decoding_defaults(files, Decoding.options()))  # within their bounds
 
 
 def test_names_that_last(tmp_path, monkeypatch):

@@ -51,7 +51,12 @@ def test_scripts_are_in_the_image_with_all_they_import(script):
     "path",
     [
         *["Dockerfile", "LICENCE", "README.md", "requirements.txt", *ENTRIES],
-        *["utils.py", "data/sample.json", "data/tiny-gpt/config.json"],
+        *[
+            "utils.py",
+            "data/sample.json",
+            "data/tiny-gpt/config.json",
+            "data/smollm2-persona/adapter_model.safetensors",
+        ],
     ],
 )
 def test_what_the_readme_shows_is_in_the_image(path):
@@ -64,6 +69,7 @@ def test_what_the_readme_shows_is_in_the_image(path):
         *[".git/config", ".env", ".venv/lib/python3.11/site.py", "__pycache__/utils.cpython-311.pyc"],
         *["runs/latest/model.safetensors", "models/pytorch_model.bin", "models/README.md", "smollm2.gguf"],
         *["dataset_cache_633a91ad66cf.bin", "my_chats.jsonl", "data/private.json", "tests/test_image.py"],
+        "data/smollm2-persona/model-q8_0.gguf",
     ],
 )
 def test_what_lies_about_is_not(path):

@@ -291,6 +291,14 @@ def workplace(tmp_path_factory, tiny, dialog_model):
         done = place.run("python train.py --model data/tiny-gpt --dataset_path data/sample.json --lr 1e-3")
         assert done.returncode == 0, done.stderr
         shutil.copytree(folder / "runs", top / "runs", symlinks=True)
+        # The adapter that comes with the toolkit fits the real smollm2 alone.
+        shutil.rmtree(shipped := folder / "data" / "smollm2-persona")
+        done = place.run(
+            "python train.py --model smollm2 --dataset_path data/sample.json --lora 2 --lora_save adapter "
+            f"--n_epochs 0 --runs_dir {top}/adapters"
+        )
+        assert done.returncode == 0, done.stderr
+        shutil.copytree(top / "adapters" / "latest" / "adapter", shipped)
         yield place
         server.shutdown()
 
