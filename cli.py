@@ -34,14 +34,18 @@ def explain_errors(failure: str, advice: str, *kinds: type[Exception]) -> Iterat
     Args:
         failure: what could not be done, and with what: "cannot read x.json".
         advice: what was expected, or what to do.
-        kinds: the exceptions to explain, by default all. A `UserError` says enough and passes.
+        kinds: the exceptions to explain, by default all. A `UserError` says enough and passes. A panic of a library in
+            Rust is always explained.
     """
     kinds = kinds or (Exception,)
     try:
         yield
     except UserError:
         raise
-    except kinds as error:
+    except BaseException as error:
+        # A panic is no Exception, and its class cannot be imported.
+        if not isinstance(error, kinds) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{failure}: {first_line(error)}; {advice}") from error
 
 

@@ -1,8 +1,13 @@
 """A model's configuration: read, and refused where no model can be made of it."""
 
+import base64
 import json
+import math
 import os
+import re
 from pathlib import Path
+
+import msgspec
 
 from cli import UserError, explain_errors
 from model_files import ModelFiles
@@ -65,3 +70,60 @@ def check_sizes(config, path: Path) -> None:
             f"{path}: a model of these sizes takes at least {needed / 2**30:.0f} GB, and this machine has "
             f"{there / 2**30:.0f}; use a smaller one"
         )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a tokenizer does with text
+# ------------------------------------------------------------------------------------------------------------
+
+MOST_GROWTH = 10_000  # times; those of pretrained models are at 1 to 18
+CHARACTERS_OF_ONE = {"Precompiled": 18, "ByteLevel": 4}  # at most: of Unicode's U+FDFA, and of bytes as characters
+
+
+class TokenizerRules(msgspec.Struct):
+    """The parts of a tokenizer.json that change text."""
+
+    normalizer: dict | None = None
+    pre_tokenizer: dict | None = None
+    decoder: dict | None = None
+
+
+def check_rules(folder: Path) -> None:
+    """Refuse a tokenizer.json whose rules would end the process, before the library reads it.
+
+    Such are rules that make a text longer, one after the other, until there is no memory; and a table of characters
+    that is cut off.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    with explain_errors(f"cannot read {path}", "expected a tokenizer of transformers"):
+        rules = msgspec.json.decode(path.read_bytes(), type=TokenizerRules)
+        for step in filter(None, (rules.normalizer, rules.pre_tokenizer, rules.decoder)):
+            if growth(step) > MOST_GROWTH:
+                raise ValueError(f"its rules can make a text more than {MOST_GROWTH} times as long")
+
+
+def growth(rule: dict) -> float:
+    """How many times as long a text becomes at most by a rule, or by several that come one after the other."""
+    steps = next((rule[name] for name in ("normalizers", "pretokenizers", "decoders") if name in rule), None)
+    if steps is not None:
+        return math.prod(map(growth, steps))
+    if rule["type"] == "Replace":
+        return replacement_growth(rule["pattern"], len(rule["content"]))
+    if rule["type"] == "Precompiled":
+        table = base64.b64decode(rule["precompiled_charsmap"])
+        if len(table) < 4 + int.from_bytes(table[:4], "little"):  # its first part, after the size of that
+            raise ValueError("its table of characters is cut off")
+    return CHARACTERS_OF_ONE.get(rule["type"], 1 + len(rule.get("prepend", "")))
+
+
+def replacement_growth(pattern: dict[str, str], size: int) -> float:
+    """As `growth`, where `size` characters replace what a pattern matches."""
+    if pattern.get("String"):
+        return max(1, size / len(pattern["String"]))
+    try:
+        between_characters = re.search(pattern.get("Regex", ""), "") is not None
+    except re.error:  # the library's patterns are not quite Python's
+        between_characters = True
+    return max(1, size + between_characters)

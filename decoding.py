@@ -6,6 +6,7 @@ Shapes: R rows (a reply each), V vocabulary.
 import os
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,28 +81,36 @@ NUCLEUS_SIZES = 64, 1024  # tokens: so many of the likeliest are sorted before t
 def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     """Temperature, then top-k, nucleus sampling and min-p. (R, V) -> (R, V)
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020, section
-    3.1); it is never empty. min-p leaves those whose probability is at least its share of the largest one (Nguyen et
-    al. 2024, arXiv 2407.01082).
+    min-p leaves the tokens whose probability is at least its share of the largest one (Nguyen et al. 2024, arXiv
+    2407.01082).
     """
     logits = logits / decoding.temperature
     if decoding.top_k > 0:
-        least = logits.topk(min(decoding.top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        likeliest = logits.topk(min(decoding.top_k, logits.shape[-1])).values
+        logits = logits.masked_fill(logits < likeliest[:, -1:], float("-inf"))
     probabilities = logits.softmax(-1)
     if 0 < decoding.top_p < 1:
-        # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
-        for size in (*NUCLEUS_SIZES, probabilities.shape[-1]):
-            ordered, order = probabilities.topk(min(size, probabilities.shape[-1]))
-            if bool((ordered.sum(-1) >= decoding.top_p).all()):
-                break
-        likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        nucleus = ordered.masked_fill(likelier >= max(decoding.top_p, 1e-6), 0)  # float32 rounds less than that to 0
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, nucleus)
+        probabilities = nucleus(probabilities, decoding.top_p)
     if decoding.min_p > 0:
         least = decoding.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0)
     return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The smallest set of likeliest tokens whose probability reaches top_p; 0 for all others. (R, V) -> (R, V)
+
+    It is never empty (Holtzman et al. 2020, section 3.1).
+    """
+    vocabulary = probabilities.shape[-1]
+    # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
+    for size in (*NUCLEUS_SIZES, vocabulary):
+        ordered, tokens = probabilities.topk(min(size, vocabulary))
+        if bool((ordered.sum(-1) >= top_p).all()):
+            break
+    likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
+    kept = ordered.masked_fill(likelier >= max(top_p, 1e-6), 0)  # float32 rounds less than that to 0
+    return torch.zeros_like(probabilities).scatter_(-1, tokens, kept)
 
 
 def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -209,13 +218,13 @@ class Beams:
         return [hypothesis.reply for hypothesis in sorted(found, key=self.rank, reverse=True)[:count]]
 
 
-def best_extensions(scores: Tensor, beams: int) -> list[list[tuple[int, int, float]]]:
-    """The best (row, token, score) of each prefix, best first and `beams` many, from the scores (R, V) of its rows."""
-    vocabulary = scores.shape[1]
-    values, places = scores.view(-1, beams * vocabulary).topk(beams)  # (prefixes, beams)
-    firsts = torch.arange(0, len(scores), beams, device=scores.device)[:, None]  # row of each prefix
-    columns = (firsts + places // vocabulary).tolist(), (places % vocabulary).tolist(), values.tolist()
-    return [list(zip(*lists, strict=True)) for lists in zip(*columns, strict=True)]
+class Extension(NamedTuple):
+    """A hypothesis and one more token."""
+
+    row: int  # the hypothesis's
+    token: int
+    log_likelihood: float  # of the token, without penalties
+    score: float  # of the hypothesis with it
 
 
 def extend_beams(logits: Tensor, rows: list[Row], beams: list[Beams], special: frozenset[int]) -> list[int]:
@@ -225,23 +234,34 @@ def extend_beams(logits: Tensor, rows: list[Row], beams: list[Beams], special: f
     """
     decoding = beams[0].decoding
     log_likelihoods = logits.log_softmax(-1)
-    scores = log_likelihoods.clone()
-    for row, row_scores in zip(rows, scores, strict=True):
+    penalised = log_likelihoods.clone()
+    for row, row_scores in zip(rows, penalised, strict=True):
         apply_penalties(row_scores, row, decoding, special)
-    scores += scores.new_tensor([each.score for of_prefix in beams for each in of_prefix.growing])[:, None]
-    best = best_extensions(scores, decoding.num_beams)
-    scores[:, sorted(special)] = float("-inf")
-    unended = best_extensions(scores, decoding.num_beams)
+    # What is best for a prefix is among the best of each row, also when all that would end a reply is left out.
+    enough = min(decoding.num_beams + len(special), logits.shape[1])
+    scores, tokens = penalised.topk(enough)  # (R, enough): sorting whole vocabularies would take longer than the model
+    columns = tokens.tolist(), log_likelihoods.gather(1, tokens).tolist(), scores.tolist()
+    of_rows = list(zip(*columns, strict=True))
 
-    def extended(row: int, token: int, score: float) -> Hypothesis:
-        return Hypothesis(rows[row].reply.extended(token, float(log_likelihoods[row, token]), special), score)
+    def extended(extension: Extension) -> Hypothesis:
+        reply = rows[extension.row].reply.extended(extension.token, extension.log_likelihood, special)
+        return Hypothesis(reply, extension.score)
 
     parents = list(range(len(rows)))
     for number, of_prefix in enumerate(beams):
-        if of_prefix.goes_on:
-            of_prefix.step(*([extended(*place) for place in places[number]] for places in (best, unended)))
-            own = slice(number * decoding.num_beams, (number + 1) * decoding.num_beams)
-            parents[own] = [row for row, _, _ in unended[number]]
-            for row, hypothesis in zip(rows[own], of_prefix.growing, strict=False):  # at the longest length none grows
-                row.reply = hypothesis.reply
+        if not of_prefix.goes_on:
+            continue
+        first = number * decoding.num_beams
+        extensions = [
+            Extension(row, token, log_likelihood, hypothesis.score + score)
+            for row, hypothesis in enumerate(of_prefix.growing, first)
+            for token, log_likelihood, score in zip(*of_rows[row], strict=True)
+        ]
+        extensions.sort(key=lambda extension: extension.score, reverse=True)
+        best = extensions[: decoding.num_beams]
+        unended = [extension for extension in extensions if extension.token not in special][: decoding.num_beams]
+        of_prefix.step(list(map(extended, best)), list(map(extended, unended)))
+        parents[first : first + decoding.num_beams] = [extension.row for extension in unended]
+        for row, hypothesis in zip(rows[first:], of_prefix.growing, strict=False):  # at the longest length none grows
+            row.reply = hypothesis.reply
     return parents

@@ -30,10 +30,14 @@ def normalize(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", PUNCTUATION.sub(" ", text.lower())).split())
 
 
+def normalized_words(text: str) -> list[str]:
+    return normalize(text).split()
+
+
 def f1(reply: str, gold: str) -> float:
     """Harmonic mean of precision and recall of the normalised words, as bags."""
-    predicted, expected = normalize(reply).split(), normalize(gold).split()
-    common = sum((Counter(predicted) & Counter(expected)).values())
+    predicted, expected = normalized_words(reply), normalized_words(gold)
+    common = (Counter(predicted) & Counter(expected)).total()
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
@@ -51,16 +55,16 @@ def gold_rank(scores: np.ndarray, texts: list[str], right: list[str]) -> int:
 def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
     """The ranks (U,) of the right replies of a split's first U utterances, from the scores (U, N) of their candidates.
 
-    Candidates of the same tokens get the first one's score: what differs is rounding, which depends on a candidate's
-    place in its row, and is coarse in bf16.
+    Candidates of the same tokens get the first one's score, in `scores` too. What differs is rounding, which depends on
+    a candidate's place in its row, and is coarse in bf16.
     """
     ranks = []
     for utterance, row in enumerate(scores):
-        first_with: dict[tuple, int] = {}
-        for n, candidate in enumerate(split.candidates[utterance]):
-            row[n] = row[first_with.setdefault(tuple(split.ids(candidate)), n)]
-        texts = split.candidate_texts(utterance)
-        ranks.append(gold_rank(row[: len(texts)], texts, split.right_texts(utterance)))
+        tokens = [split.ids(candidate) for candidate in split.candidates[utterance]]
+        of_utterance = row[: len(tokens)]  # a view: rows have as many columns as the most candidates
+        of_utterance[:] = of_utterance[[tokens.index(candidate) for candidate in tokens]]
+        texts, right = split.candidate_texts(utterance), split.right_texts(utterance)
+        ranks.append(gold_rank(of_utterance, texts, right))
     return np.array(ranks)
 
 
@@ -112,16 +116,24 @@ class WordTable:
     def __init__(self, first_tokens: list[int], frequencies: list[int]):
         first, weights = np.array(first_tokens), np.array(frequencies, float) + self.SMOOTHING
         has_token = first >= 0
-        totals = np.bincount(first[has_token], weights[has_token])
+        of_token = np.bincount(first[has_token], weights[has_token])  # (V,) the weights of all words that begin with it
+        share = np.where(has_token, weights / of_token[first], 0)
         self.first = torch.as_tensor(first)  # (W,)
-        self.log_share = torch.as_tensor(np.where(has_token, weights / totals[first], 0)).log()  # (W,)
-        self.tokens = torch.as_tensor(np.unique(first[has_token]))
+        self.log_share = torch.as_tensor(share).log()  # (W,)
+        self.tokens = torch.as_tensor(np.unique(first[has_token]))  # those that begin a word
 
     def log_probabilities(self, logits: Tensor, words: Tensor) -> Tensor:
         """Of each row's word (K,), from the logits (K, V) that predict its first token; float64, on the CPU."""
-        total = logits[:, self.tokens.to(logits.device)].cpu().double().logsumexp(-1)
-        first = self.first[words].clamp(min=0).to(logits.device)
-        return logits.gather(1, first[:, None])[:, 0].cpu().double() - total + self.log_share[words]
+        beginnings = logits[:, self.tokens.to(logits.device)]
+        first = self.first[words].clamp(min=0)  # without one any will do: the share of such a word is 0
+        of_first = logits.gather(1, first[:, None].to(logits.device))[:, 0]
+        # No GPU of Apple's has float64.
+        return of_first.cpu().double() - beginnings.cpu().double().logsumexp(-1) + self.log_share[words]
+
+
+def first_token(ids: list[int]) -> int:
+    """-1 where there is none."""
+    return ids[0] if ids else -1
 
 
 class WordPosition(NamedTuple):
@@ -153,18 +165,14 @@ class WordModel:
             counts.update(split_words(text))
         self.words = list(counts)
         self.number = {word: i for i, word in enumerate(self.words)}
-        frequencies = [counts[word] for word in self.words]
-        self.encoders = tokenizer.encode, tokenizer.encode_inside  # of words at a reply's start, and after a word
+        # Of two each: for words at a reply's start, and after a word.
+        self.encoders = tokenizer.encode, tokenizer.encode_inside
         self.spellings = [encode(self.words) for encode in self.encoders]
-        first_tokens = [[ids[0] if ids else -1 for ids in spellings] for spellings in self.spellings]
-        original = WordTable(
-            [tokenizer.first_bare_token(word) for word in self.words],
-            [PARLAI_SPECIAL.get(word, frequency) for word, frequency in zip(self.words, frequencies, strict=True)],
-        )
-        self.tables = {  # for words at a reply's start, and after a word
-            "word_nll": [WordTable(tokens, frequencies) for tokens in first_tokens],
-            "original_word_nll": [original] * 2,
-        }
+        frequencies = list(counts.values())
+        own = [WordTable([first_token(ids) for ids in spellings], frequencies) for spellings in self.spellings]
+        bare = [tokenizer.first_bare_token(word) for word in self.words]
+        original = WordTable(bare, list({**counts, **PARLAI_SPECIAL}.values()))
+        self.tables = {"word_nll": own, "original_word_nll": [original, original]}
         valid = splits["valid"]
         golds = {int(valid.candidates[utterance][-1]) for utterance in range(len(valid))}
         self.spelled = {gold: self.spell(valid.text(gold)) for gold in golds}  # by the gold reply's string number
@@ -188,26 +196,31 @@ class WordModel:
 
 def reply_columns(replies: list[str], split: Split) -> dict[str, np.ndarray]:
     """F1 (U,) of generated replies to a split's first U utterances, and what a person would notice of each."""
-    columns = {name: [] for name in MEANS}
+    rows = []
     for utterance, reply in enumerate(replies):
-        words = normalize(reply).split()
-        history, persona = (
-            [normalize(text).split() for text in texts]
-            for texts in (split.history_texts(utterance), split.persona_texts(utterance))
-        )
-        history_3grams = {gram for text in history for gram in ngrams(text, 3)}
-        columns["f1"].append(max(f1(reply, right) for right in split.right_texts(utterance)))
-        columns["mean_length"].append(len(words))
-        columns["questions"].append(reply.rstrip().endswith("?"))
-        columns["repeats_utterance"].append(bool(words) and words in history)
-        columns["repeats_history_3gram"].append(not history_3grams.isdisjoint(ngrams(words, 3)))
-        columns["repeats_persona"].append(any(text and tuple(text) in ngrams(words, len(text)) for text in persona))
-    return {name: np.array(column, float) for name, column in columns.items()}
+        history = list(map(normalized_words, split.history_texts(utterance)))
+        persona = list(map(normalized_words, split.persona_texts(utterance)))
+        best = max(f1(reply, right) for right in split.right_texts(utterance))
+        rows.append({"f1": best} | traits(reply, history, persona))
+    return {name: np.array([row[name] for row in rows], float) for name in MEANS}
+
+
+def traits(reply: str, history: list[list[str]], persona: list[list[str]]) -> dict[str, float]:
+    """What a person would notice of a reply: whether it asks, and what it repeats. History and persona as words."""
+    words = normalized_words(reply)
+    history_3grams = {gram for utterance in history for gram in ngrams(utterance, 3)}
+    return {
+        "mean_length": len(words),
+        "questions": reply.rstrip().endswith("?"),
+        "repeats_utterance": bool(words) and words in history,
+        "repeats_history_3gram": not history_3grams.isdisjoint(ngrams(words, 3)),
+        "repeats_persona": any(sentence and tuple(sentence) in ngrams(words, len(sentence)) for sentence in persona),
+    }
 
 
 def distinct(replies: list[str], n: int) -> float:
     """The share of different ones among all sequences of `n` words (Li et al. 2016, section 5.3)."""
-    grams = [gram for reply in replies for gram in ngrams(normalize(reply).split(), n)]
+    grams = [gram for reply in replies for gram in ngrams(normalized_words(reply), n)]
     return len(set(grams)) / max(1, len(grams))
 
 
@@ -236,7 +249,9 @@ class Figure:
     def standard_error(self) -> float:
         """Of a mean it is the sample's standard deviation over the root of U. nan for a single utterance."""
         size = len(self.influence)
-        return math.sqrt(size / (size - 1) * float(np.square(self.influence).sum())) if size > 1 else math.nan
+        if size < 2:
+            return math.nan
+        return math.sqrt(size / (size - 1) * float(np.square(self.influence).sum()))
 
     def __sub__(self, other: "Figure") -> "Figure":
         """The paired difference of a figure of the same utterances, whose errors largely cancel."""
@@ -248,7 +263,8 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> Figure:
     total = counts.sum()
     if not total:
         return Figure(math.nan, np.full(len(sums), math.nan))
-    return Figure(sums.sum() / total, (sums - sums.sum() / total * counts) / total)
+    mean = sums.sum() / total
+    return Figure(mean, (sums - mean * counts) / total)
 
 
 def perplexity(nll: np.ndarray, counts: np.ndarray) -> Figure:

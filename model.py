@@ -263,10 +263,13 @@ class DialogModel(nn.Module):
         """(..., D) -> (..., V), with the scaling and soft-capping that some architectures apply after their LM head."""
         config = self.lm.config.get_text_config()
         logits = project(self.lm.get_output_embeddings(), hidden)
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        logits = torch.tanh(logits / cap) * cap if cap else logits
+        # Only where it is asked for: there may be gigabytes of logits, and each line here goes through all of them.
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
         if self.untrained:
             logits[..., self.untrained] = torch.finfo(logits.dtype).min
         return logits

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from ignite.handlers import ProgressBar
 
 from checkpoints import Progress
 from cli import UserError, explain_errors, log, printable
-from files import lock, make_folder, remove_unfinished, whole_files
+from files import UNFINISHED, lock, make_folder, remove_unfinished, whole_files
 from model_files import ADAPTER
 from progress import progress_bar
 
@@ -56,16 +57,22 @@ def new_run_folder(model: str, runs: Path = RUNS, launchers: Iterable[str] = ())
 
 
 def point_latest_to(folder: Path) -> None:
-    """Make `latest` beside a run folder a link to it, or a text file with its name where links are not possible."""
-    partial = folder.with_name(f".latest-{folder.name}")
+    """Make `latest` beside a run folder a link to it, or a text file with its name where links are not possible.
+
+    It is made in the run folder, under the name of what `hold_run` removes, so that a process which is killed here
+    leaves nothing beside it.
+    """
+    latest = folder.with_name("latest")
     try:
-        try:
-            partial.symlink_to(folder.name)
-        except OSError:  # Windows, and file systems without links
-            partial.write_text(folder.name, encoding="utf-8")
-        os.replace(partial, folder.with_name("latest"))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{UNFINISHED}.") as unfinished:
+            link = Path(unfinished) / "latest"
+            try:
+                link.symlink_to(folder.name)
+            except OSError:  # Windows, and file systems without links
+                link.write_text(folder.name, encoding="utf-8")
+            os.replace(link, latest)
     except OSError as error:
-        raise UserError(f"cannot write {folder.parent}/latest: {error.strerror}; remove it") from error
+        raise UserError(f"cannot write {latest}: {error.strerror}; remove it") from error
 
 
 def hold_run(folder: Path, held: contextlib.ExitStack) -> None:

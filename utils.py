@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, explain_errors, first_line, log, printable
-from configs import load_config, load_config_dict
+from configs import check_rules, load_config, load_config_dict
 from dialogs import SPLIT_SEED, Dialogs
 from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
@@ -120,7 +120,8 @@ class DialogTokenizer:
         texts = [text.encode(errors="replace").decode() for text in texts]  # bytes that were no text in a terminal
         if self.pre_tokenizer == "spacy":
             texts = [spacy_words(text) for text in texts]
-        return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with self._explained():
+            return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode_inside(self, words: list[str]) -> list[list[int]]:
         """Token ids of words in mid-sentence. Byte-level BPEs encode " word" differently from "word"."""
@@ -158,7 +159,12 @@ class DialogTokenizer:
 
     def _raw(self, ids: list[int]) -> str:
         ids = [i for i in ids if i not in self.ids.all]
-        return printable(self.hf.decode(ids, clean_up_tokenization_spaces=False))
+        with self._explained():
+            return printable(self.hf.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _explained(self):
+        """What the library cannot do with a text, by the rules of this tokenizer, is told in one line."""
+        return explain_errors(f"the tokenizer in {self.hf.name_or_path} fails", "use another, or mend its rules")
 
     def fingerprint(self) -> str:
         """Changes whenever the ids of some text could change."""
@@ -212,9 +218,11 @@ def load_tokenizer(
         source = {"config": load_config(files), **files.openai_vocabulary}
     else:  # it has no config.json; nor does a GGUF file know the tokens that an adapter's tokenizer has
         source = {"gguf_file": files.gguf} if folder == files.folder else {}
+    check_rules(folder)
     # transformers raises many types for a tokenizer it cannot read.
     with explain_errors(f"cannot read the tokenizer in {folder}", "expected one of transformers'"):
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
+        hf("Hello, I'm fine!")  # rules that fail with any text are told of here
     if not files.gguf:
         check_vocabulary(hf, files)
     return DialogTokenizer(hf, *rules)

@@ -62,6 +62,15 @@ def seconds(run: Callable, *args) -> float:
     return time.perf_counter() - started
 
 
+def times_as_long(run: Callable, other: Callable, repeats: int = 3) -> float:
+    """How many times as long `run()` takes as `other()`.
+
+    They take turns, and the least time of each counts: a machine's speed changes from one minute to the next.
+    """
+    times = [(seconds(run), seconds(other)) for _ in range(repeats)]
+    return min(ours for ours, _ in times) / min(others for _, others in times)
+
+
 def parse_options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter

@@ -5,17 +5,19 @@ Both ways' figures are compared, so that speed is not bought with other numbers.
 
 import contextlib
 import io
+from functools import partial
 
 import torch
 
 import convai_evaluation as evaluation
 from benchmarks import plain
-from benchmarks.common import Bench, Row, parse_options, seconds, table
+from benchmarks.common import Bench, Row, parse_options, seconds, table, times_as_long
 from generation import Decoding
+from inputs import Instances
 from metrics import WordModel
 from model import DialogModel
 
-PLAIN, OURS = 2, 64  # replies that each way evaluates
+PLAIN, OURS, RANKED = 2, 64, 16  # replies that each way evaluates; that are ranked in both of our ways
 
 
 def measure(bench: Bench) -> list[Row]:
@@ -72,7 +74,24 @@ def measure(bench: Bench) -> list[Row]:
                 columns[name] = torch.as_tensor(getattr(results, column)[:PLAIN]).flatten()
         difference = float((columns["fp32"] - torch.tensor(found).flatten().double()).abs().max())
         rows.append(Row(subject, "replies/s", rates, plain_rate, aim, difference))
-    return rows
+    return [*rows, likelihood_against_head(bench, ranking, batch_size)]
+
+
+@torch.inference_mode()
+def likelihood_against_head(bench: Bench, instances: Instances, batch_size: int) -> Row:
+    """What the LM head costs at every token of all candidates, above one score for each."""
+
+    def rank(model: DialogModel, rank_by: str) -> None:
+        size, candidates = min(RANKED, len(instances)), int(instances.split.candidates.sizes.max())
+        results = evaluation.Results.empty(size, candidates, 0)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            evaluation.score(model, instances, None, rank_by, batch_size, results)
+
+    times = {
+        name: times_as_long(partial(rank, model, "lm"), partial(rank, model, "mc"))
+        for name, model in bench.models.items()
+    }
+    return Row("ranking by likelihood against ranking by the head", "times as long", times, must="2 at most")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Generation: tokens a second of one reply, of a batch of 32, and how near that is to reading the weights once."""
+"""Generation: tokens a second of one reply, of 32 at once, how near that is to reading the weights once; beams."""
+
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from benchmarks import plain
-from benchmarks.common import Bench, Row, read_bandwidth, seconds
-from generation import Decoding, Generation
+from benchmarks.common import Bench, Row, read_bandwidth, seconds, times_as_long
+from generation import Decoding, Generation, generate_replies
 from model import DialogModel
 
-TOKENS, BATCH = 20, 32
+TOKENS, BATCH, BEAMS = 20, 32, 4
 
 
 def measure(bench: Bench) -> list[Row]:
@@ -37,7 +40,24 @@ def measure(bench: Bench) -> list[Row]:
         Row("one reply, after its first token", "tokens/s", after_first, plain_rate),
         Row("32 replies at once against one, after the first token", "times", batched, must="8"),
         Row("one reply against reading the weights once a token", "share", shares, must="- / 0.4"),
+        *(beams_against_greedy(bench, prefix, size) for size in (1, BATCH)),
     ]
+
+
+def beams_against_greedy(bench: Bench, prefix, replies: int) -> Row:
+    """So many replies at once, prefixes included."""
+    greedy = Decoding(max_length=TOKENS, min_length=TOKENS, no_sample=True)
+    beams = replace(greedy, num_beams=BEAMS)
+
+    def generate(model: DialogModel, decoding: Decoding) -> None:
+        generate_replies(model, [prefix] * replies, decoding, [torch.Generator()] * replies)
+
+    times = {
+        name: times_as_long(partial(generate, model, beams), partial(generate, model, greedy))
+        for name, model in bench.models.items()
+    }
+    subject = f"{BEAMS} beams against greedy, " + ("one reply" if replies == 1 else f"{replies} replies at once")
+    return Row(subject, "times as long", times, must="3 at most")
 
 
 @torch.inference_mode()

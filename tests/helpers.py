@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -27,11 +28,14 @@ def run_python(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", **options)
 
 
-def signal_after(number: int, steps: int, calls: int = 0) -> None:
+def signal_after(number: int, steps: int, calls: int = 0, function: str = "") -> None:
     """Let this process send itself a signal, after so many optimiser steps and then so many calls of functions.
 
     So a signal meets a training at any moment, and yet at the same one on every machine, however slow. A return counts
     as a call.
+
+    Args:
+        function: its name, such as "train.main": count how often it is entered in place of steps.
     """
     steps_taken, calls_made = itertools.count(1), itertools.count()
 
@@ -44,7 +48,13 @@ def signal_after(number: int, steps: int, calls: int = 0) -> None:
             sys.setprofile(None)
             os.kill(os.getpid(), number)
 
-    register_optimizer_step_post_hook(count_step)
+    if not function:
+        register_optimizer_step_post_hook(count_step)
+        return
+    place, _, name = function.rpartition(".")
+    owner = pkgutil.resolve_name(place)
+    entered = getattr(owner, name)
+    setattr(owner, name, lambda *args, **options: (count_step(), entered(*args, **options))[1])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Most runs here are train.py's `main` in processes forked from a server that has 
 environment that a launcher would give them. What a launcher itself does is tested under torchrun.
 """
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -367,31 +368,46 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(kind, dialog_mo
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_five_times(options, uninterrupted, tmp_path):
-    """kill -9 amid anything, once before anything is saved: every loss is that of the run that nothing stopped."""
-    rng, start = random.Random(4), lambda folder, **how: training(folder, *options(folder), **how)
-    # A step has some 15,000 calls and returns, with a checkpoint 50,000, an epoch's end a million.
-    for steps, calls in ((1, 15_000), (2, 50_000), (4, 50_000), (3, 1_000_000), (5, 50_000)):
-        killed = {"number": signal.SIGKILL, "steps": steps, "calls": rng.randrange(calls)}
-        start(tmp_path, status=-signal.SIGKILL, signalled=killed)
-        start = resume
-    resume(tmp_path)
-    assert_same_losses(losses(tmp_path), losses(uninterrupted(1)), within=1e-5)
-    for found, expected in zip(validations(tmp_path), validations(uninterrupted(1)), strict=True):
+# Where a process is killed: when it enters a function (or has taken a step, "") for the so-manieth time, and then after
+# a random number of calls below this one.
+START = "train.main", 1, 3_000
+CACHE = "utils.write_cache", 1, 400
+STEP = "", 2, 15_000
+SAVE = "train.save_checkpoint", 2, 4_000
+EVALUATE = "train.Run.evaluate_and_save", 1, 40_000
+KILLS = {
+    1: [CACHE, START, CACHE, STEP, SAVE, STEP, EVALUATE, EVALUATE, START, SAVE, STEP, SAVE, EVALUATE, STEP, EVALUATE],
+    2: [START, CACHE, STEP, SAVE, EVALUATE, START, SAVE, STEP, EVALUATE],
+}
+
+
+@pytest.mark.parametrize("world_size", KILLS)
+def test_killed_at_random_moments(world_size, options, uninterrupted, tmp_path):
+    """kill -9 amid anything: every loss is that of the run that nothing stopped, and nothing is left behind.
+
+    Of two processes the second is killed, and the first one, which then waits for it in vain, a little later.
+    """
+    rng, run = random.Random(world_size), tmp_path / "runs" / "latest"
+
+    def go_on(**how) -> str:
+        # The dataset cache is made once, but is to be killed in, too.
+        if (run / "training_args.json").exists():
+            return resume(tmp_path, world_size=world_size, **how)
+        return training(tmp_path, *options(tmp_path, world_size), world_size=world_size, **how)
+
+    for function, times, calls in KILLS[world_size]:
+        killed = {"number": signal.SIGKILL, "steps": times, "calls": rng.randrange(calls), "function": function}
+        if function == CACHE[0]:
+            for cache in tmp_path.glob("cache*.bin"):
+                cache.unlink()
+        go_on(status=-signal.SIGKILL if world_size == 1 else None, signalled=killed)
+    go_on()
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(world_size)), within=1e-5)
+    for found, expected in zip(validations(tmp_path), validations(uninterrupted(world_size)), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
-    assert len(list((tmp_path / "runs").iterdir())) == 2  # one run, and `latest`
-    assert [path.name for path in checkpoints.checkpoint_files(find_run(tmp_path / "runs" / "latest"))] == [
-        "step-000000022.pt",
-        "step-000000024.pt",
-    ]
-
-
-def test_killed_on_two_processes(options, uninterrupted, tmp_path):
-    killed = {"number": signal.SIGKILL, "steps": 9}
-    training(tmp_path, *options(tmp_path, 2), world_size=2, status=None, signalled=killed)
-    assert max(losses(tmp_path)) < 24
-    resume(tmp_path, world_size=2)
-    assert_same_losses(losses(tmp_path), losses(uninterrupted(2)), within=1e-5)
+    newest = [path.name for path in checkpoints.checkpoint_files(find_run(run))]
+    assert newest == ["step-000000022.pt", "step-000000024.pt"]
+    assert list(tmp_path.glob(".saving-*")) == list(find_run(run).rglob(".saving-*")) == []
 
 
 def test_an_adapter_goes_on_from_a_checkpoint_of_what_is_trained(options, tmp_path):
@@ -524,6 +540,25 @@ def test_latest_is_a_link_or_else_a_text_file(tmp_path, monkeypatch):
     third = new_run_folder("gpt2", tmp_path)
     (third / "training_args.json").write_text("{}")
     assert not (tmp_path / "latest").is_symlink() and find_run(tmp_path / "latest") == third
+
+
+def point_and_be_killed(folder: Path) -> None:
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    runs.point_latest_to(folder)
+
+
+def test_a_link_whose_making_was_killed_is_removed_by_the_next_who_uses_the_run(tmp_path):
+    folder = new_run_folder("gpt2", tmp_path)
+    process = forkserver.Process(target=point_and_be_killed, args=[folder])
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(tmp_path.iterdir()) == [folder, tmp_path / "latest"]
+    left = set(folder.iterdir())
+    with contextlib.ExitStack() as held:
+        runs.hold_run(folder, held)
+    (link_folder,) = left - set(folder.iterdir())
+    assert link_folder.name.startswith(files.UNFINISHED)
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import checkpoints
 import convai_evaluation
@@ -670,6 +671,69 @@ def test_a_tokenizer_with_ids_far_apart(damaged, load):
     folder = damaged(high_id)
     with pytest.raises(UserError, match=f"^the tokenizer in {folder} has an id of 2147483647 for "):
         load(folder)
+
+
+def replacing(pattern: str, content: str, kind: str = "String") -> dict:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def in_a_row(steps: str, *rules: dict) -> dict:
+    return {"type": "Sequence", steps: rules}
+
+
+GROWS = "cannot read {0}/tokenizer.json: its rules can make a text more than 10000 times as long; expected a tokenizer of transformers"
+CUT_OFF = {"type": "Precompiled", "precompiled_charsmap": "/////////////w=="}
+NEVER = {"type": "Split", "pattern": {"Regex": "(a+)+$|(a|aa)+c"}, "behavior": "Isolated", "invert": False}
+HOSTILE_TOKENIZERS = {
+    "explodes": ({"normalizer": in_a_row("normalizers", *[replacing("a", "aaaa")] * 30)}, GROWS),
+    "explodes-between": ({"normalizer": in_a_row("normalizers", *[replacing("x*", "a", "Regex")] * 30)}, GROWS),
+    "explodes-by-a-pattern": ({"normalizer": in_a_row("normalizers", *[replacing(r"\p{L}*", "a", "Regex")] * 30)}, GROWS),
+    "explodes-in-a-sequence": ({"normalizer": in_a_row("normalizers", in_a_row("normalizers", *[{"type": "Prepend", "prepend": "ab"}] * 9))}, GROWS),
+    "explodes-when-read": ({"decoder": in_a_row("decoders", *[replacing("a", "aaaa")] * 30)}, GROWS),
+    "cut-off": ({"normalizer": CUT_OFF}, "cannot read {0}/tokenizer.json: its table of characters is cut off; expected a tokenizer of transformers"),
+    "panics": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot read the tokenizer in {0}: chunk size must be non-zero; expected one of transformers'"),
+    "no-rules": ({"normalizer": [1]}, "cannot read {0}/tokenizer.json: Expected `object | null`, got `array` - at `$.normalizer`; expected a tokenizer of transformers"),
+}  # fmt: skip
+
+
+def with_rules(**rules):
+    """A tokenizer.json with these rules, which transformers takes as they are."""
+
+    def change(folder: Path) -> None:
+        tokenizer = json.loads(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer | rules))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+    return change
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOKENIZERS)
+def test_a_tokenizer_that_would_end_the_process(name, damaged, ended):
+    rules, line = HOSTILE_TOKENIZERS[name]
+    folder = damaged(with_rules(**rules))
+    status, said = ended(interact, "--personality", "hi", "--model", folder)
+    assert (status, said) == (2, f"error: {line.format(folder)}\n")
+
+
+def test_a_tokenizer_that_fails_with_some_texts(damaged, load):
+    """By a pattern that never ends, and by a rule for what is read."""
+    rules = {"pre_tokenizer": NEVER, "decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 10**9}}
+    folder = damaged(with_rules(**rules))
+    _, tokenizer = load(folder)
+    for fails in (
+        lambda: tokenizer.encode(["hi", "a" * 40 + "!"]),
+        lambda: tokenizer.decode(tokenizer.encode(["hi"])[0]),
+    ):
+        with pytest.raises(UserError, match=f"^the tokenizer in {folder} fails: .*; use another, or mend its rules$"):
+            fails()
+
+
+def test_ordinary_rules_of_a_tokenizer_pass(damaged, load):
+    llama = in_a_row("normalizers", {"type": "Prepend", "prepend": "▁"}, replacing(" ", "▁"))
+    albert = in_a_row(
+        "normalizers", replacing("``", '"'), {"type": "NFKD"}, {"type": "Lowercase"}, replacing(" {2,}", " ", "Regex")
+    )
+    load(damaged(with_rules(normalizer=in_a_row("normalizers", llama, albert))))
 
 
 def loop(path: Path) -> None:
