@@ -73,7 +73,8 @@ def collate(rows: list[Instance | DialogRow], ids: SpecialIds) -> Batch:
         parts.append((len(row.trunk), 0, -1))
         segment = 0
         for reply in row.replies:
-            for segment, branch in enumerate(reply.candidates, segment + 1):
+            for branch in reply.candidates:
+                segment += 1
                 parts.append((len(branch.tokens), segment, branch.fork))
                 tokens += branch.tokens
                 ends.append(len(tokens) - 1)
@@ -127,6 +128,7 @@ def lay_out(values, mask: np.ndarray, padding: int) -> np.ndarray:
     return table
 
 
+CPU = torch.device("cpu")
 WORKERS = 2  # processes that build batches for a GPU, each many thousand replies a second
 
 
@@ -177,7 +179,7 @@ def batches_by_length(
     size: int | None = None,
     rank: int = 0,
     world: int = 1,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
 ) -> torch.utils.data.DataLoader:
     """The first `size` utterances of a split in batches of like length; for what does not depend on the order.
 
