@@ -1,5 +1,6 @@
 """Rows as tensors: packed, laid out column by column, padded to the longest."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -159,14 +160,15 @@ def load_batches(
         num_workers=workers,
         pin_memory=gpu,
         worker_init_fn=leave_signals_to_parent,
-        multiprocessing_context="fork" if workers else None,  # they share what this process has mapped
+        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,  # it shares what is mapped
     )
 
 
 def leave_signals_to_parent(worker: int) -> None:
     """A signal to stop goes to all processes of a terminal or a job; the training ends its workers once it has saved.
 
-    They die with it where it is killed: they hold the lock of its run folder too.
+    Where it is killed they see that after some seconds, and end. They do not hold its run folder: filelock lets go of a
+    lock in a process that is forked.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):

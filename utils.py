@@ -300,12 +300,9 @@ class Views:
     of its length.
     """
 
-    starts: Sequence[int] = field(default_factory=lambda: array("q"))
-    ends: Sequence[int] = field(default_factory=lambda: array("q"))
-    values: Sequence[int] = field(default_factory=lambda: array("i"))
-
-    def __len__(self) -> int:
-        return len(self.ends)
+    starts: Sequence[int]
+    ends: Sequence[int]
+    values: Sequence[int]
 
     def __getitem__(self, row: int) -> Sequence[int]:
         return self.values[self.starts[row] : self.ends[row]]
@@ -422,7 +419,8 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
 
 def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int]) -> dict[str, np.ndarray]:
     """A split's arrays: its texts as string numbers, of which a new string gets the next in `numbers`."""
-    owners, lists, history = array("i"), {name: Ragged() for name in LISTS}, Views()
+    owners, lists = array("i"), {name: Ragged() for name in LISTS}
+    history = Views(starts=array("q"), ends=array("q"), values=array("i"))
 
     def number(texts: Sequence[str]) -> list[int]:
         return [numbers.setdefault(text, len(numbers)) for text in texts]
