@@ -1,4 +1,4 @@
-"""Evaluation alone, python -m benchmarks.evaluation: replies a second for Hits@1, word perplexity and F1.
+"""Evaluation: replies a second for Hits@1, word perplexity and F1.
 
 Both ways' figures are compared, so that speed is not bought with other numbers.
 """
@@ -10,7 +10,7 @@ import torch
 
 import convai_evaluation as evaluation
 from benchmarks import plain
-from benchmarks.common import Bench, Row, parse_options, seconds, table
+from benchmarks.common import Bench, Row, seconds
 from generation import Decoding
 from metrics import WordModel
 from model import DialogModel
@@ -73,7 +73,3 @@ def measure(bench: Bench) -> list[Row]:
         difference = float((columns["fp32"] - torch.tensor(found).flatten().double()).abs().max())
         rows.append(Row(subject, "replies/s", rates, plain_rate, aim, difference))
     return rows
-
-
-if __name__ == "__main__":
-    print(table(measure(Bench(parse_options(__doc__)))))
