@@ -1,12 +1,15 @@
 """Rows as tensors: packed, laid out column by column, padded to the longest."""
 
-from dataclasses import dataclass, fields
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from inputs import Branch, DialogRow, Instance, Instances
+from inputs import DialogRow, Instance, Instances
 from utils import SpecialIds
 
 
@@ -37,79 +40,81 @@ class Batch:
         return rows * self.segments.shape[1] + (self.segments == 0).sum(1) - 1
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return self.map(lambda column: column.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Where a GPU can copy it from while the program goes on."""
+        return self.map(torch.Tensor.pin_memory)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(*map(change, vars(self).values()))
+
+    def __reduce__(self):
+        # Between the processes of a loader each tensor would be a file of its own; as arrays they go through its pipe.
+        return batch_of_arrays, tuple(column.numpy() for column in vars(self).values())
 
 
-class Layout:
-    """Rows laid out column by column, as flat lists."""
-
-    def __init__(self):
-        self.tokens, self.types, self.positions, self.segments, self.forks, self.sizes = [], [], [], [], [], []
-
-    def add(self, row: Instance | DialogRow, branches: list[Branch], speaker: int) -> None:
-        size = len(row.trunk)
-        self.tokens += row.trunk
-        self.types += row.token_types
-        self.positions += range(size)
-        self.segments += [0] * size
-        self.forks += range(size)
-        for number, branch in enumerate(branches, 1):
-            self.tokens += branch.tokens
-            self.positions += range(branch.fork + 1, branch.fork + 1 + len(branch.tokens))
-            self.segments += [number] * len(branch.tokens)
-            self.forks += [branch.fork] * len(branch.tokens)
-            size += len(branch.tokens)
-        self.types += [speaker] * (size - len(row.trunk))
-        self.sizes.append(size)
+def batch_of_arrays(*columns: np.ndarray) -> Batch:
+    return Batch(*map(torch.from_numpy, columns))
 
 
-def collate(instances: list[Instance | DialogRow], ids: SpecialIds) -> Batch:
-    """Pack rows into a batch as wide as its longest one."""
-    layout, ends, n_candidates, lm_columns, lm_labels, extras = Layout(), [], [], [], [], []
-    for number, row in enumerate(instances):
-        replies, column = row.replies, len(row.trunk)
-        branches = [branch for reply in replies for branch in reply.candidates]
-        for reply in replies:
-            sizes = [len(branch.tokens) for branch in reply.candidates]
-            last_columns = np.cumsum(sizes) + (column - 1)
-            column += sum(sizes)
-            gold = reply.candidates[-1]
-            ends += [(number, end) for end in last_columns.tolist()]
-            n_candidates.append(len(sizes))
-            in_trunk = range(reply.start, gold.fork + 1)
-            lm_columns += [(number, at) for at in [*in_trunk, *range(column - sizes[-1], column - 1)]]
+def collate(rows: list[Instance | DialogRow], ids: SpecialIds) -> Batch:
+    """Pack rows into a batch as wide as its longest one.
+
+    Rows are first laid out one after the other, without padding. They are made of parts, the trunk and its branches,
+    whose positions, segments and forks follow from the parts' sizes.
+    """
+    tokens, types, parts, widths = [], [], [], []  # parts: size, segment, fork; the trunk begins after "column -1"
+    ends, n_candidates, lm_places, lm_labels = [], [], [], []
+    extras = []  # row, places
+    for number, row in enumerate(rows):
+        first = len(tokens)
+        tokens += row.trunk
+        types += row.token_types
+        parts.append((len(row.trunk), 0, -1))
+        segment = 0
+        for reply in row.replies:
+            for branch in reply.candidates:
+                segment += 1
+                parts.append((len(branch.tokens), segment, branch.fork))
+                tokens += branch.tokens
+                ends.append(len(tokens) - 1)
+            gold = branch
+            n_candidates.append(len(reply.candidates))
+            lm_places += range(first + reply.start, first + gold.fork + 1)
+            lm_places += range(len(tokens) - len(gold.tokens), len(tokens) - 1)
             lm_labels += [*row.trunk[reply.start + 1 : gold.fork + 1], *gold.tokens]
         if row.extra:
-            extras.append((number, column, len(row.extra)))
-            branches.append(Branch(len(row.trunk) - 1, row.extra))
-        layout.add(row, branches, ids.speaker1)
+            parts.append((len(row.extra), segment + 1, len(row.trunk) - 1))
+            extras.append((number, range(len(tokens), len(tokens) + len(row.extra))))
+            tokens += row.extra
+        types += [ids.speaker1] * (len(tokens) - len(types))
+        widths.append(len(tokens) - first)
 
-    inside = first_columns(np.array(layout.sizes))  # (B, T) where no padding is
-    width = inside.shape[1]
-
-    def flat(places: list[tuple[int, int]]) -> np.ndarray:
-        return np.array(places, dtype=np.int64).reshape(-1, 2) @ [width, 1]
-
-    ends, lm_positions = flat(ends), flat(lm_columns)
-    extra_starts = np.zeros(len(instances), dtype=np.int64)
-    extra_positions = []
-    for number, column, size in extras:
-        extra_starts[number] = number * width + column
-        extra_positions.append(extra_starts[number] + np.arange(size))
-    columns = dict(
-        input_ids=lay_out(layout.tokens, inside, ids.pad),
-        token_types=lay_out(layout.types, inside, ids.pad),
-        positions=lay_out(layout.positions, inside, 0),
-        segments=lay_out(layout.segments, inside, -1),
-        forks=lay_out(layout.forks, inside, 0),
-        ends=lay_out(ends, first_columns(np.array(n_candidates)), 0),
-        n_candidates=np.array(n_candidates),
-        lm_positions=lm_positions,
-        lm_labels=np.array(lm_labels, dtype=np.int64),
-        extra_starts=extra_starts,
-        head_positions=np.unique(np.concatenate([ends, lm_positions, *extra_positions])),
+    inside = first_columns(np.array(widths))  # (B, T) where no padding is
+    flat = np.flatnonzero(inside)  # of each token its flat index
+    sizes, segments, forks = np.array(parts).T
+    starts = np.cumsum(sizes) - sizes
+    positions = np.arange(len(tokens)) - np.repeat(starts - forks - 1, sizes)
+    segments, forks = np.repeat(segments, sizes), np.repeat(forks, sizes)
+    ends, lm_positions = flat[ends], flat[lm_places]
+    extra_starts, extra_positions = np.zeros(len(rows), dtype=np.int64), []
+    for number, places in extras:
+        extra_starts[number] = flat[places[0]]
+        extra_positions.append(flat[places])
+    return batch_of_arrays(
+        lay_out(tokens, inside, ids.pad),
+        lay_out(types, inside, ids.pad),
+        lay_out(positions, inside, 0),
+        lay_out(segments, inside, -1),
+        lay_out(np.where(segments == 0, positions, forks), inside, 0),
+        lay_out(ends, first_columns(np.array(n_candidates)), 0),
+        np.array(n_candidates),
+        lm_positions,
+        np.array(lm_labels, dtype=np.int64),
+        extra_starts,
+        np.unique(np.concatenate([ends, lm_positions, *extra_positions])),
     )
-    return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
 
 
 def first_columns(counts: np.ndarray) -> np.ndarray:
@@ -124,8 +129,59 @@ def lay_out(values, mask: np.ndarray, padding: int) -> np.ndarray:
     return table
 
 
+CPU = torch.device("cpu")
+WORKERS = 2  # processes that build batches for a GPU, each many thousand replies a second
+
+
+def load_batches(
+    rows: torch.utils.data.Dataset,
+    batches: Iterable[list[int]],
+    collate_rows: Callable,
+    device: torch.device,
+    workers: int | None = None,
+) -> torch.utils.data.DataLoader:
+    """What `collate_rows` makes of the rows of each batch, in order.
+
+    For a GPU, other processes build them ahead, in memory that it copies from while it computes. A processor that
+    trains would only have its own time taken by them.
+
+    Args:
+        batches: the numbers of each batch's rows.
+        workers: processes, where `device` is not to decide it.
+    """
+    gpu = device.type == "cuda"
+    workers = WORKERS * gpu if workers is None else workers
+    return torch.utils.data.DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate_rows,
+        # Its own: each pass draws a seed, which must not move the generator that dropout draws from.
+        generator=torch.Generator(),
+        num_workers=workers,
+        pin_memory=gpu,
+        worker_init_fn=leave_signals_to_parent,
+        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,  # it shares what is mapped
+    )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A signal to stop goes to all processes of a terminal or a job; the training ends its workers once it has saved.
+
+    Where it is killed they see that after some seconds, and end. They do not hold its run folder: filelock lets go of a
+    lock in a process that is forked.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def batches_by_length(
-    instances: Instances, batch_size: int, size: int | None = None, rank: int = 0, world: int = 1
+    instances: Instances,
+    batch_size: int,
+    size: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
 ) -> torch.utils.data.DataLoader:
     """The first `size` utterances of a split in batches of like length; for what does not depend on the order.
 
@@ -133,5 +189,4 @@ def batches_by_length(
     """
     order = np.argsort(instances.lengths()[:size], kind="stable").tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
-    collate_batch = partial(collate, ids=instances.ids)
-    return torch.utils.data.DataLoader(instances, batch_sampler=batches, collate_fn=collate_batch)
+    return load_batches(instances, batches, partial(collate, ids=instances.ids), device)

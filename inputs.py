@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from cli import log
-from utils import DialogTokenizer, Ragged, SpecialIds, Split
+from utils import DialogTokenizer, Ragged, SpecialIds, Split, Views
 
 Prefix = tuple[list[int], list[int]]  # the tokens before a reply, and each one's token type
 
@@ -221,10 +221,15 @@ def sentences_inside(split: Split, tokenizer: DialogTokenizer) -> dict[int, list
     return dict(zip(strings, tokenizer.encode_inside(list(map(split.text, strings))), strict=True))
 
 
-def row_sums(strings: Ragged, sizes: np.ndarray, last: int | None = None) -> np.ndarray:
+def running_sums(strings: Ragged | Views, sizes: np.ndarray) -> np.ndarray:
+    """At place i the sum of the sizes of the first i strings, of all rows of string numbers one after the other."""
+    return np.concatenate([[0], np.cumsum(sizes[strings.values])])
+
+
+def row_sums(strings: Ragged | Views, sizes: np.ndarray, last: int | None = None) -> np.ndarray:
     """For each row of string numbers, or for its `last` ones, the sum of the strings' sizes."""
-    starts, ends = strings.offsets[:-1], strings.offsets[1:]
+    starts, ends = strings.starts, strings.ends
     if last is not None:
         starts = np.maximum(starts, ends - last)
-    running = np.concatenate([[0], np.cumsum(sizes[strings.values])])
+    running = running_sums(strings, sizes)
     return running[ends] - running[starts]

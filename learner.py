@@ -177,18 +177,21 @@ class Learner:
         """Skip DDP's gradient all-reduce on all but the last micro-batch of a step."""
         return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
 
-    def clip_gradients(self, max_norm: float) -> float:
-        """Undo the loss scale and clip to `max_norm`; the norm before."""
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Undo the loss scale and clip to `max_norm`; the norm before. Nothing here waits for the device."""
         if self.has_masters:
             for master, weight in zip(self.weights, self.model.parameters(), strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
         self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.weights, max_norm).item()
+        return torch.nn.utils.clip_grad_norm_(self.weights, max_norm)
 
-    def update(self, finite: bool) -> None:
-        """Take a step where the gradients are finite, else only adapt the loss scale; then forget the gradients."""
-        if finite:
-            self.scaler.step(self.optimizer)
+    def update(self, finite: Tensor) -> None:
+        """Take a step where the gradients are finite, else only adapt the loss scale; then forget the gradients.
+
+        Which of both it is, the device knows: a fused optimiser reads there that it is to change nothing.
+        """
+        self.optimizer.found_inf = 1 - finite.float()
+        self.optimizer.step()
         self.scaler.update()
         if self.has_masters:
             with torch.no_grad():
@@ -237,13 +240,13 @@ class Stopped(Exception):
 
 def accumulate_gradients(
     learner: Learner, batches: list[Batch], lm_weight: float, mc_weight: float, settings: LearningSettings
-) -> tuple[Tensor, Tensor]:
-    """Forward and backward over a process's micro-batches; its part of both losses.
+) -> Tensor:
+    """Forward and backward over a process's micro-batches; its part of both losses (2,).
 
     Args:
         lm_weight, mc_weight: of a token's and an utterance's loss: one over their number in the whole step.
     """
-    lm_loss, mc_loss = torch.zeros(2, device=learner.device)
+    losses = torch.zeros(2, device=learner.device)
     for batch in batches:
         with learner.synchronised(last=batch is batches[-1]):
             batch = batch.to(learner.device)
@@ -254,14 +257,16 @@ def accumulate_gradients(
             # DDP averages gradients over the processes where the losses are to be summed.
             loss = idist.get_world_size() * (settings.lm_coef * lm_part + settings.mc_coef * mc_part)
             learner.scaler.scale(loss).backward()
-        lm_loss, mc_loss = lm_loss + lm_part.detach(), mc_loss + mc_part.detach()
-    return lm_loss, mc_loss
+        losses += torch.stack([lm_part, mc_part]).detach()
+    return losses
 
 
 def optimizer_step(
     learner: Learner, batches: list[Batch], weight: int, stop: bool, settings: LearningSettings
 ) -> dict[str, float]:
     """One update of the weights from every process's micro-batches; what the log says of it.
+
+    It waits for the device once, when all of it is queued there.
 
     Raises:
         Stopped: `stop` is true in a process. Nothing was computed yet.
@@ -276,11 +281,13 @@ def optimizer_step(
     if stops:
         raise Stopped
     losses = accumulate_gradients(learner, batches, weight / tokens, weight / utterances, settings)
-    lm_loss, mc_loss = sum_over_processes(*torch.stack(losses).tolist(), device=learner.device)
-    loss, norm = settings.lm_coef * lm_loss + settings.mc_coef * mc_loss, learner.clip_gradients(settings.max_norm)
-    learner.update(finite=math.isfinite(loss) and math.isfinite(norm))
+    if idist.get_world_size() > 1:
+        losses = idist.all_reduce(losses.double())
+    norm = learner.clip_gradients(settings.max_norm)
+    learner.update((losses.sum() + norm).isfinite())
+    lm_loss, mc_loss, norm = torch.stack([*losses, norm.to(losses)]).tolist()  # all else is under way: now wait for it
     return {
-        "loss": loss,
+        "loss": settings.lm_coef * lm_loss + settings.mc_coef * mc_loss,
         "lm_loss": lm_loss,
         "mc_loss": mc_loss,
         "gradient_norm": norm,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from cli import log
-from inputs import Branch, DialogRow, Instances, Reply
+from inputs import Branch, DialogRow, Instances, Reply, row_sums, running_sums
 from utils import SpecialIds
 
 
@@ -52,48 +52,45 @@ class DialogRows(torch.utils.data.Dataset):
 
     def plan(self) -> Iterator[RowPlan]:
         """Divide the replies into rows, in order."""
-        split, limit, longest = self.instances.split, self.instances.limit, self.instances.longest()
-
-        def tokens(strings: np.ndarray) -> int:
-            """Of these, each with one more: an utterance's speaker, or the space before a sentence of a persona."""
-            return int((split.sizes[strings] + 1).sum())
-
+        instances, split = self.instances, self.instances.split
+        limit, longest, history = instances.limit, instances.longest(), split.history
+        # Tokens, with one more each: an utterance's speaker, or the space before a sentence of a persona.
+        persona, said = row_sums(split.persona, split.sizes + 1), running_sums(history, split.sizes + 1)
         row, length = None, 0  # of the trunk, up to the next reply's speaker
-        for utterance in range(len(split)):
+        for utterance, (start, end) in enumerate(zip(history.starts.tolist(), history.ends.tolist(), strict=True)):
             news = self.news(utterance) if row and row.count < self.most else None
             if news is not None:
-                gold = int(split.sizes[split.candidates[utterance - 1][-1]])
-                length += gold + tokens(news) + 1
+                gold = split.sizes[split.candidates[utterance - 1][-1]]
+                length += gold + said[end] - said[end - len(news)] + 1
             if news is None or length + longest[utterance] + 1 > limit:
                 if row:
                     yield row
-                history, persona = split.history[utterance], split.persona[split.dialogs[utterance]]
-                shown = np.cumsum(split.sizes[history[::-1]] + 1)
-                first = not (row and split.dialogs[row.first] == split.dialogs[utterance])
-                room = (limit if first else limit // 2) - tokens(persona) - 3
-                room -= int(longest[utterance]) if first else 0
-                kept = max(1, int(np.searchsorted(shown, room, side="right")))
-                row = RowPlan(utterance, max(0, len(history) - kept))
-                length = 2 + tokens(persona) + tokens(history[row.history :])
+                dialog = split.dialogs[utterance]
+                first = not (row and split.dialogs[row.first] == dialog)
+                room = (limit - longest[utterance] if first else limit // 2) - persona[dialog] - 3
+                # From the first place after which all fits; the last utterance is there whether it fits or not.
+                place = start + np.searchsorted(said[start:end], said[end] - room)
+                place = max(start, min(int(place), end - 1))
+                row = RowPlan(utterance, place - start)
+                length = 2 + persona[dialog] + said[end] - said[place]
             else:
                 row.count += 1
             self.shortened += row.history > 0
         if row:
             yield row
 
-    def news(self, utterance: int) -> np.ndarray | None:
+    def news(self, utterance: int) -> list[int] | None:
         """What is said between the last utterance's reply and this one's; None where its history does not go on so.
 
         The bot's and the other person's utterances must alternate, as they do backwards from every reply.
         """
-        split = self.instances.split
+        split, history = self.instances.split, self.instances.split.history
         if split.dialogs[utterance] != split.dialogs[utterance - 1]:
             return None
-        before, history = split.history[utterance - 1], split.history[utterance]
-        size = len(before) + 1
-        known = np.array_equal(history[: size - 1], before) and len(history) > size
-        known = known and history[size - 1] == split.candidates[utterance - 1][-1]
-        return history[size:] if known and (len(history) - size) % 2 else None
+        if history.starts[utterance] != history.starts[utterance - 1]:
+            return None
+        reply, *news = history.values[history.ends[utterance - 1] : history.ends[utterance]].tolist() or [-1]
+        return news if len(news) % 2 and reply == split.candidates[utterance - 1][-1] else None
 
     def __getitem__(self, index: int) -> DialogRow:
         if index not in range(len(self)):

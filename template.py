@@ -22,7 +22,7 @@ TEMPLATE = """\
 {{{{- '<speaker1>' if add_generation_prompt else '<eos>' -}}}}
 """
 SHOWN = "{{%- set turns = turns[-{before}:] if add_generation_prompt else turns[-{with_reply}:] -%}}\n"
-COMPARED = 200  # dialogs
+COMPARED = 500  # replies: what a template says of them grows with the square of a long dialog
 
 
 def chat_template(n_history: int) -> str:
@@ -49,7 +49,7 @@ def set_template(tokenizer: DialogTokenizer, instances: Instances) -> None:
 
 
 def template_fault(tokenizer: DialogTokenizer, instances: Instances) -> str:
-    """Why no chat template gives the ids of our rows; "" where one does, on every reply of the first dialogs.
+    """Why no chat template gives the ids of our rows; "" where one does, on the first replies.
 
     It is tried and not derived: the text of a template is cut into tokens as a whole, and some tokenizers then join
     or change what stands beside our special tokens.
@@ -60,9 +60,7 @@ def template_fault(tokenizer: DialogTokenizer, instances: Instances) -> str:
         return "text is cut into words by spaCy first"
     template, split = chat_template(instances.n_history), instances.split
     whole = replace(instances, limit=10**9)  # templates truncate nothing
-    for row in range(len(split)):
-        if split.dialogs[row] >= COMPARED:
-            break
+    for row in range(min(len(split), COMPARED)):
         history = split.history_texts(row)
         persona = {"role": "system", "content": " ".join(split.persona_texts(row))}
         messages = [persona, *history_messages(history)]

@@ -20,9 +20,8 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
-from torch.utils.data import DataLoader
 
-from batches import Batch, batches_by_length
+from batches import Batch, batches_by_length, load_batches
 from card import describe
 from checkpoints import Progress, checkpoint_files, newest_checkpoint, restore, save_checkpoint
 from cli import UserError, first_line, join_processes, log, run_script
@@ -201,6 +200,9 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
     """An ignite engine that leaves nll, token_ppl and hits@1 of a whole split in `state.metrics`, in every process."""
     from model import gold_ranks
 
+    # A GPU keeps the sums until the end, so that it need not be waited for. Not every device has float64.
+    place = learner.device if learner.device.type == "cuda" else torch.device("cpu")
+
     @torch.inference_mode()
     def evaluate(engine: Engine, batch: Batch | None) -> None:
         if stop.asked:
@@ -210,9 +212,9 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
             with learner.autocast():
                 output = learner.model(batch)
             sums = engine.state.sums  # sums and counts are exact; an average of averages is not
-            sums["nll"] += output.lm_nll.cpu().double().sum().item()  # not every device has float64
+            sums["nll"] += output.lm_nll.to(place).double().sum()
             sums["tokens"] += len(batch.lm_labels)
-            sums["hits"] += (gold_ranks(output, batch) == 0).sum().item()
+            sums["hits"] += (gold_ranks(output, batch) == 0).sum().to(place)
             sums["utterances"] += len(batch.n_candidates)
 
     evaluator = Engine(evaluate)
@@ -224,7 +226,7 @@ def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
 
     @evaluator.on(Events.COMPLETED)
     def compute(engine: Engine) -> None:
-        sums = engine.state.sums.values()
+        sums = map(float, engine.state.sums.values())
         nll, tokens, hits, utterances, stops = sum_over_processes(*sums, stop.asked, device=learner.device)
         if stops:
             raise Stopped
@@ -291,11 +293,8 @@ class Run:
             ids=train.ids,
             filler=train[0] if len(train) else None,
         )
-        # A generator of its own: each pass draws a seed, which must not move the generator that dropout draws from.
-        self.train_loader = DataLoader(
-            train, batch_sampler=self.sampler, collate_fn=collate_micro, generator=torch.Generator()
-        )
-        self.valid_loader = batches_by_length(valid, settings.valid_batch_size, rank=rank, world=world_size)
+        self.train_loader = load_batches(train, self.sampler, collate_micro, learner.device)
+        self.valid_loader = batches_by_length(valid, settings.valid_batch_size, None, rank, world_size, learner.device)
         self.trainer = build_trainer(learner, self.sampler, progress, self.stop, settings)
         self.evaluator = build_evaluator(learner, self.stop)
 

@@ -21,7 +21,7 @@ from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
 from options import MAX_HISTORY
 from progress import progress_bar
-from records import FORMATS, Dialog
+from records import FORMATS, Dialog, Prefix
 from words import CONTINUATIONS, detokenize, spacy_words
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,8 +265,8 @@ def learn_bpe(texts: Iterable[str], vocab_size: int):
 # ------------------------------------------------------------------------------------------------------------
 
 
-CACHE_VERSION = 3
-TEXTS = "persona", "history", "candidates", "alternatives"  # as a split has them
+CACHE_VERSION = 4
+LISTS = "persona", "candidates", "alternatives"  # as a split has them, beside the history
 N_DISTRACTORS = 19  # sampled where a reply comes without candidates, as many as ConvAI2 gives
 
 
@@ -288,8 +288,32 @@ class Ragged:
         self.offsets.append(len(self.values))
 
     @property
+    def starts(self) -> Sequence[int]:
+        return self.offsets[:-1]
+
+    @property
+    def ends(self) -> Sequence[int]:
+        return self.offsets[1:]
+
+    @property
     def sizes(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+
+@dataclass
+class Views:
+    """Rows that are ranges of one flat array, and may overlap: row i is values[starts[i]:ends[i]].
+
+    Histories grow with every turn of a dialog. As rows of their own they would take memory that grows with the square
+    of its length.
+    """
+
+    starts: Sequence[int]
+    ends: Sequence[int]
+    values: Sequence[int]
+
+    def __getitem__(self, row: int) -> Sequence[int]:
+        return self.values[self.starts[row] : self.ends[row]]
 
 
 class Split:
@@ -298,6 +322,7 @@ class Split:
     Strings are numbered: string s has the ids `tokens[s]` and the UTF-8 bytes `texts[s]`. Utterance u belongs to dialog
     `dialogs[u]`. The string numbers of its history are `history[u]`, of its candidates `candidates[u]`, the gold one
     last, of replies that are as right as that one `alternatives[u]`, and of a dialog's persona `persona[dialog]`.
+    Histories that start at the same place of `history.values` go on from one another.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], split: str):
@@ -305,9 +330,10 @@ class Split:
         self.texts = Ragged(arrays["text_offsets"], arrays["texts"])
         self.sizes = self.tokens.sizes  # tokens of each string
         self.dialogs = arrays[f"{split}.dialogs"]
-        self.persona, self.history, self.candidates, self.alternatives = (
-            Ragged(arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"]) for name in TEXTS
+        self.persona, self.candidates, self.alternatives = (
+            Ragged(arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"]) for name in LISTS
         )
+        self.history = Views(*(arrays[f"{split}.history_{name}"] for name in ("starts", "ends", "values")))
 
     def __len__(self) -> int:
         return len(self.dialogs)
@@ -379,6 +405,9 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
     for split, split_dialogs in dialogs.splits.items():
         bar = progress_bar(split_dialogs, f"read {split}", unit=" dialogs", disable=not progress)
         arrays |= number_strings(split, bar, numbers)
+        name = f"{split}.candidates"
+        candidates = with_distractors(Ragged(arrays[f"{name}_offsets"], arrays[name]))
+        arrays |= {f"{name}_offsets": candidates.offsets, name: candidates.values}
     del dialogs.splits  # what was parsed: from here on the distinct strings are enough
     if not len(arrays["valid.dialogs"]):
         raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
@@ -398,23 +427,39 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
 
 def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int]) -> dict[str, np.ndarray]:
     """A split's arrays: its texts as string numbers, of which a new string gets the next in `numbers`."""
-    owners, rows = array("i"), {name: Ragged() for name in TEXTS}
+    owners, lists = array("i"), {name: Ragged() for name in LISTS}
+    history = Views(starts=array("q"), ends=array("q"), values=array("i"))
 
-    def add(name: str, texts: list[str]) -> None:
-        rows[name].append([numbers.setdefault(text, len(numbers)) for text in texts])
+    def number(texts: Sequence[str]) -> list[int]:
+        return [numbers.setdefault(text, len(numbers)) for text in texts]
 
     for count, dialog in enumerate(dialogs):
-        add("persona", dialog.personality)
+        lists["persona"].append(number(dialog.personality))
+        before, start = [], len(history.values)
         for utterance in dialog.utterances:
             owners.append(count)
-            add("history", utterance.history)
-            add("candidates", utterance.candidates)
-            add("alternatives", utterance.alternatives)
-    rows["candidates"] = with_distractors(rows["candidates"])
-    columns = {f"{split}.dialogs": owners}
-    for name, ragged in rows.items():
-        columns |= {f"{split}.{name}": ragged.values, f"{split}.{name}_offsets": ragged.offsets}
-    return {name: np.asarray(column) for name, column in columns.items()}
+            if not goes_on(utterance.history, before):
+                before, start = [], len(history.values)
+            history.values.extend(number(utterance.history[len(before) :]))
+            history.starts.append(start)
+            history.ends.append(len(history.values))
+            before = utterance.history
+            lists["candidates"].append(number(utterance.candidates))
+            lists["alternatives"].append(number(utterance.alternatives))
+    columns = {"dialogs": owners} | {f"history_{name}": column for name, column in vars(history).items()}
+    for name, ragged in lists.items():
+        columns |= {name: ragged.values, f"{name}_offsets": ragged.offsets}
+    return {f"{split}.{name}": np.asarray(column) for name, column in columns.items()}
+
+
+def goes_on(history: Sequence[str], before: Sequence[str]) -> bool:
+    """Whether a history begins with the whole of the one before it.
+
+    Views of one list are not compared text by text: of a long dialog's many histories that would take for ever.
+    """
+    if isinstance(history, Prefix) and isinstance(before, Prefix) and history.texts is before.texts:
+        return len(history) >= len(before)
+    return history[: len(before)] == before
 
 
 def with_distractors(candidates: Ragged) -> Ragged:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from benchmarks import plain
 from cpu import cpu_has_bf16, optimize_for_cpu_inference
 from dialogs import Dialogs
 from inputs import Instances
+from model import DialogModel
 from model_files import find_model
 from utils import DialogTokenizer, learn_bpe, load_dataset, load_tokenizer
 
+SUBJECTS = "evaluation", "generation", "training", "adapters", "host", "waiting", "gpu"
 SAMPLE = str(Path(__file__).resolve().parent.parent / "data" / "sample.json")
 
 
@@ -33,6 +36,8 @@ class Row:
     plain: float | None = None
     must: str = ""  # the ratio (or the figure) that was aimed at, fp32 / bf16
     difference: float | None = None  # largest, between what both ways computed in fp32
+    share: dict[str, float] = field(default_factory=dict)  # of the rate of a large matrix product, by precision
+    memory: dict[str, float] = field(default_factory=dict)  # GB held at most, by precision
 
     def cells(self) -> list[str]:
         def shown(value: float | None) -> str:
@@ -41,10 +46,14 @@ class Row:
         ratios = ["" if self.plain is None else f"{rate / self.plain:.1f}x" for rate in self.ours.values()]
         ratios, rates = (ratios + ["", ""])[:2], [*map(shown, self.ours.values()), "", ""][:2]
         cells = [self.subject, self.unit, shown(self.plain), rates[0], ratios[0], rates[1], ratios[1], self.must]
-        return [*cells, "" if self.difference is None else f"{self.difference:.0e}"]
+        cells.append("" if self.difference is None else f"{self.difference:.0e}")
+        return [*cells, *(" / ".join(map(shown, column.values())) for column in (self.share, self.memory))]
 
 
-HEAD = ["subject", "unit", "plain, fp32", "ours, fp32", "ratio", "ours, bf16", "ratio", "aim", "largest difference"]
+HEAD = [
+    *("subject", "unit", "plain, fp32", "ours, fp32", "ratio", "ours, bf16", "ratio", "aim", "largest difference"),
+    *("share of a large product", "peak GB"),
+]
 
 
 def table(rows: list[Row]) -> str:
@@ -75,17 +84,24 @@ def parse_options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("subjects", nargs="*", help="of those above; default: all but gpu")
     parser.add_argument("--quick", action="store_true", help="a small shape, in under two minutes; ratios are smaller")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dataset_path", default=SAMPLE, help="any dataset that the toolkit reads")
     parser.add_argument("--valid_path", default="", help="its validation data, if it has none")
+    parser.add_argument("--billion", action="store_true", help="adapters: 1.2 billion weights without a GPU too")
     parser.add_argument("--tokenizer", default="", help="a model folder's; default: a BPE learned from the dataset")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.subjects) - set(SUBJECTS):
+        parser.error(f"no subject {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+    if "gpu" in options.subjects and not options.device.startswith("cuda"):
+        parser.error(f"the subject gpu needs one; --device is {options.device}")
+    return options
 
 
 @dataclass
 class Bench:
-    """The data and both models. Nothing but the weights is random."""
+    """The data and both models, which are made when they are asked for. Nothing but the weights is random."""
 
     options: argparse.Namespace
     device: torch.device = field(init=False)
@@ -103,16 +119,27 @@ class Bench:
         self.shape = plain.QUICK if options.quick else plain.FULL
         self.precisions = ["fp32", "bf16"] if has_bf16(self.device) else ["fp32"]
 
-        self.model = plain.random_model(self.tokenizer, self.shape).to(self.device)
-        self.reference = plain.double_heads(self.model)  # transformers' own class with the same weights
-        self.models = {}  # ours by precision, as the scripts make them ready for inference
+    @cached_property
+    def model(self) -> DialogModel:
+        return plain.random_model(self.tokenizer, self.shape).to(self.device)
+
+    @cached_property
+    def reference(self) -> plain.OpenAIGPTDoubleHeadsModel:
+        """transformers' own class with the same weights."""
+        return plain.double_heads(self.model)
+
+    @cached_property
+    def models(self) -> dict[str, DialogModel]:
+        """Ours by precision, as the scripts make them ready for inference."""
+        models = {}
         for precision in self.precisions:
             model = copy.deepcopy(self.model)
-            self.models[precision] = model.bfloat16() if precision == "bf16" else model
-            optimize_for_cpu_inference(self.models[precision])
+            models[precision] = model.bfloat16() if precision == "bf16" else model
+            optimize_for_cpu_inference(models[precision])
+        return models
 
-    def instances(self, split: str, **options) -> Instances:
-        return Instances(self.splits[split], self.ids, 2, self.model.limit, **options)
+    def instances(self, split: str, max_history: int = 2, **options) -> Instances:
+        return Instances(self.splits[split], self.ids, max_history, plain.POSITIONS, **options)
 
 
 def has_bf16(device: torch.device) -> bool:

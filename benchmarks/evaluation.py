@@ -1,4 +1,4 @@
-"""Evaluation alone, python -m benchmarks.evaluation: replies a second for Hits@1, word perplexity and F1.
+"""Evaluation: replies a second for Hits@1, word perplexity and F1.
 
 Both ways' figures are compared, so that speed is not bought with other numbers.
 """

@@ -17,13 +17,14 @@ from utils import DialogTokenizer, SpecialIds
 FULL = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # the openai-gpt shape
 QUICK = {"n_layer": 2, "n_embd": 128, "n_head": 4}
 PEAKED = 8  # times the weights as they are initialised, the distribution over tokens is as peaked as a trained model's
+POSITIONS = 512
 ROWS = 40483  # of the embedding: openai-gpt's vocabulary and five special tokens
 
 
 def random_model(tokenizer: DialogTokenizer, shape: dict[str, int]) -> DialogModel:
     """A DialogModel of the openai-gpt family with random weights."""
     torch.manual_seed(0)
-    config = OpenAIGPTConfig(vocab_size=ROWS, n_positions=512, **shape)
+    config = OpenAIGPTConfig(vocab_size=ROWS, n_positions=POSITIONS, **shape)
     lm = with_choice_head(OpenAIGPTLMHeadModel)(config)
     with torch.no_grad():
         lm.get_output_embeddings().weight *= PEAKED

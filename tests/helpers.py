@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dialogs import read_dataset
 from records import Dialog, Utterance
-from utils import TEXTS, SpecialIds, Split
+from utils import SpecialIds, Split, number_strings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,31 +92,21 @@ IDS = SpecialIds(bos=90, eos=91, pad=92, speaker1=93, speaker2=94, all=frozenset
 
 def make_split(dialogs) -> Split:
     """A split as the cache holds it. dialogs: (persona, [(history, candidates), ...]), all in lists of token ids."""
+
+    def strings(texts: list[list[int]]) -> list[tuple[int, ...]]:
+        return list(map(tuple, texts))
+
     numbers: dict[tuple[int, ...], int] = {}
-    lists = {name: [[]] for name in TEXTS}  # behind an empty list: the first offset
-
-    def add(name: str, texts: list[list[int]]) -> None:
-        lists[name].append([numbers.setdefault(tuple(text), len(numbers)) for text in texts])
-
-    dialog_of_utterance = []
-    for number, (persona, utterances) in enumerate(dialogs):
-        add("persona", persona)
-        for history, candidates in utterances:
-            dialog_of_utterance.append(number)
-            add("history", history)
-            add("candidates", candidates)
-            add("alternatives", [])
-    strings = list(numbers)
-    arrays = {
-        "tokens": np.array(sum(strings, ()), np.int32),
-        "token_offsets": np.cumsum([0, *map(len, strings)]),
+    parsed = [
+        Dialog(strings(persona), [Utterance(strings(history), strings(candidates)) for history, candidates in turns])
+        for persona, turns in dialogs
+    ]
+    arrays = number_strings("x", parsed, numbers) | {
+        "tokens": np.array(sum(numbers, ()), np.int32),
+        "token_offsets": np.cumsum([0, *map(len, numbers)]),
         "texts": np.zeros(0, np.uint8),
-        "text_offsets": np.zeros(len(strings) + 1, np.int64),
-        "x.dialogs": np.array(dialog_of_utterance, np.int32),
+        "text_offsets": np.zeros(len(numbers) + 1, np.int64),
     }
-    for name, parts in lists.items():
-        arrays[f"x.{name}"] = np.array(sum(parts, []), np.int32)
-        arrays[f"x.{name}_offsets"] = np.cumsum([len(part) for part in parts])
     return Split(arrays, "x")
 
 

@@ -5,6 +5,7 @@ environment that a launcher would give them. What a launcher itself does is test
 """
 
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ import checkpoints
 import cli
 import files
 import learner
+import runs
 import train
 from cli import UserError
 from files import whole_files
@@ -70,7 +72,12 @@ def free_port() -> int:
 
 
 def run_train(
-    options: list[str], environment: dict[str, str], output: Path, largest_file: int | None, signalled: dict | None
+    options: list[str],
+    environment: dict[str, str],
+    output: Path,
+    largest_file: int | None,
+    signalled: dict | None,
+    workers: int,
 ) -> None:
     """In a forked process: train.py, as its command line would start it."""
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -82,6 +89,7 @@ def run_train(
     if signalled:
         signal_after(**signalled)
     sys.argv = ["train.py", *options]
+    train.load_batches = functools.partial(batches.load_batches, workers=workers)
     cli.run_script(train.main)
 
 
@@ -92,6 +100,7 @@ def training(
     status: int | None = 0,
     largest_file: int | None = None,
     signalled: dict | None = None,
+    workers: int = 0,
 ) -> str:
     """Run train.py on `world_size` processes until all have ended; what they printed.
 
@@ -99,6 +108,7 @@ def training(
         status: with which each of them must end; None: any.
         largest_file: the bytes that a file can have.
         signalled: for `signal_after`, in each process.
+        workers: processes that build the batches of each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "output.txt"
@@ -108,8 +118,8 @@ def training(
     for rank in range(world_size):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         group = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in group.items()}
-        arguments = (options, group if world_size > 1 else {}, output, largest_file, signalled)
-        processes.append(forkserver.Process(target=run_train, args=arguments, daemon=True))
+        arguments = (options, group if world_size > 1 else {}, output, largest_file, signalled, workers)
+        processes.append(forkserver.Process(target=run_train, args=arguments, daemon=not workers))
         processes[-1].start()
     for process in processes:
         process.join()
@@ -408,6 +418,15 @@ def test_killed_at_random_moments(world_size, options, uninterrupted, tmp_path):
     newest = [path.name for path in checkpoints.checkpoint_files(find_run(run))]
     assert newest == ["step-000000022.pt", "step-000000024.pt"]
     assert list(tmp_path.glob(".saving-*")) == list(find_run(run).rglob(".saving-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_batches_that_workers_had_ready_are_not_lost(number, status, options, uninterrupted, tmp_path):
+    training(tmp_path, *options(tmp_path), signalled={"number": number, "steps": 9}, workers=2, status=status)
+    resume(tmp_path, workers=2)  # at once: no worker of the killed run holds its folder
+    assert_same_losses(losses(tmp_path), losses(uninterrupted(1)), within=1e-6)
 
 
 def test_an_adapter_goes_on_from_a_checkpoint_of_what_is_trained(options, tmp_path):
