@@ -93,16 +93,17 @@ def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[
 
 def files_of_config(repo: str, names: list[str], config: str | None) -> list[str]:
     """Those of a dataset's files that belong to a configuration: each has a folder, where there are several."""
-    folders = {name.split("/")[0] for name in names if "/" in name and split_in(name.split("/")[0]) is None} - {"data"}
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    configs = sorted(top for top in tops if top != "data" and split_in(top) is None)
     if config is None:
-        config = "default" if "default" in folders else min(folders, default=None) if len(folders) == 1 else None
-        if config is None and folders:
-            raise UserError(
-                f"the dataset '{repo}' has the configurations {keys_found(sorted(folders))}; pass '{repo}:NAME'"
-            )
-    elif config not in folders:
-        raise UserError(f"the dataset '{repo}' has no configuration {config}, but {keys_found(sorted(folders))}")
-    return [name for name in names if config is None or name.split("/")[0] == config]
+        config = configs[0] if len(configs) == 1 else "default"
+        if not configs:
+            return names
+        if config not in configs:
+            raise UserError(f"the dataset '{repo}' has the configurations {keys_found(configs)}; pass '{repo}:NAME'")
+    elif config not in configs:
+        raise UserError(f"the dataset '{repo}' has no configuration {config}, but {keys_found(configs)}")
+    return [name for name in names if name.startswith(f"{config}/")]
 
 
 def split_in(name: str) -> str | None:
@@ -177,25 +178,35 @@ class Dialogs:
         self.name = "PersonaChat" if dataset_path == "" else dataset_path or valid_path  # in messages
 
     @cached_property
+    def given(self) -> Splits:
+        """The dialogs of `dataset_path`, by the splits that it has."""
+        return {} if self.dataset_path is None else read_dataset(self.dataset_path)
+
+    @cached_property
+    def validation(self) -> tuple[str, Lazy] | None:
+        """The split to validate on, after its name; None where there is none, and some dialogs are to be held out."""
+        if self.valid_path:
+            given, order = read_dataset(self.valid_path), ("valid", "all", "train")
+        else:
+            given, order = self.given, ("valid", "train", "all") if self.whole else ("valid",)
+        return next(((split, given[split]) for split in order if split in given), None)
+
+    @cached_property
     def digest(self) -> tuple[str, str]:
         """The SHA-256 of the content of `dataset_path` and `valid_path`; "" for one that is not given."""
         names = self.dataset_path, self.valid_path or None
-        if self.whole and self.dataset_path is not None and not self.valid_path:
-            if "valid" not in read_dataset(self.dataset_path):
-                names = None, self.dataset_path  # other splits than a training makes of it
+        if self.whole and not self.valid_path and "valid" not in self.given:
+            names = None, self.dataset_path  # other splits than a training makes of it
         return tuple("" if name is None else dataset_digest(name) for name in names)
 
     @cached_property
     def splits(self) -> dict[str, Iterable[Dialog]]:
         """The dialogs of "train" and "valid": lists where some were held out, and parsed in every loop where not."""
-        given = {} if self.dataset_path is None else read_dataset(self.dataset_path)
-        train, valid = given.get("train") or given.get("all") or [], given.get("valid")
-        if self.valid_path:
-            given = read_dataset(self.valid_path)
-            valid = given.get("valid") or given.get("all") or given["train"]
-        if valid is not None:
-            return {"train": train, "valid": valid}
-        return {"train": [], "valid": train} if self.whole else hold_out(list(train), self.name)
+        train = self.given.get("train", self.given.get("all", []))
+        if self.validation is None:
+            return hold_out(list(train), self.name)
+        _, valid = self.validation
+        return {"train": [] if valid is train else train, "valid": valid}
 
     @property
     def valid_source(self) -> tuple[str, str]:
@@ -204,19 +215,16 @@ class Dialogs:
         The split is called as the file calls it; it is "all" where a file has none, and "held out" where `hold_out`
         made it.
         """
-        given = read_dataset(self.valid_path or self.dataset_path or "")
-        name = self.valid_path or self.name
-        if "valid" not in given and not self.valid_path and not self.whole:
-            return name, "held out"
-        order = ("valid", "all", "train") if self.valid_path else ("valid", "train", "all")
-        split = next(split for split in order if split in given)
-        return name, given[split].split or split
+        if self.validation is None:
+            return self.name, "held out"
+        split, dialogs = self.validation
+        return self.valid_path or self.name, dialogs.split or split
 
     @cached_property
     def personas(self) -> list[list[str]]:
         """The personas of all splits of `dataset_path`, without the empty ones."""
-        splits = read_dataset(self.dataset_path).values()
-        personas = [dialog.personality for dialogs in splits for dialog in dialogs if dialog.personality]
+        everything = chain.from_iterable(self.given.values())
+        personas = [dialog.personality for dialog in everything if dialog.personality]
         if not personas:
             raise UserError(f"{self.name} holds no persona; pass --personality 'i like cats.'")
         return personas
@@ -273,20 +281,20 @@ def number_conversations(dialogs: list[Dialog]) -> list[int]:
     was changed in it, or where it was written beside another: each begins with all turns of the one before.
     """
     numbers: list[int] = []
-    count, seen = 0, {}
+    count = 0
+    seen: dict[tuple, int] = {}  # (turns, whether they are all of a dialog or all but its last) -> its number
     for dialog in dialogs:
         turns = tuple(text for last in dialog.utterances[-1:] for text in (*last.history, last.candidates[-1]))
-        # (turns, whether they are all): one side's turns are the other's without the last.
-        other = seen.get((turns, False)) if len(turns) > 1 else None
-        if other is None and len(turns) > 2:
-            other = seen.get((turns[:-1], True))
-        first = tuple(dialog.utterances[0].history[:-1]) if dialog.utterances else ()
-        if other is None and len(first) > 1:
-            other = seen.get((first, True))
-        numbers.append(count if other is None else other)
-        count += other is None
-        seen.setdefault((turns, True), numbers[-1])
-        seen.setdefault((turns[:-1], False), numbers[-1])
+        before = tuple(dialog.utterances[0].history[:-1]) if dialog.utterances else ()  # of a transcript that goes on
+        others = [
+            (turns, "but the last") if len(turns) > 1 else None,
+            (turns[:-1], "all") if len(turns) > 2 else None,
+            (before, "all") if len(before) > 1 else None,
+        ]
+        numbers.append(next((seen[other] for other in others if other in seen), count))
+        count += numbers[-1] == count
+        seen.setdefault((turns, "all"), numbers[-1])
+        seen.setdefault((turns[:-1], "but the last"), numbers[-1])
     return numbers
 
 
@@ -378,17 +386,12 @@ def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
 
 def card_in_png(data: bytes) -> str:
     """The JSON of a character card in a picture: base64 in a text chunk, `ccv3` before `chara`."""
-    texts, place = {}, len(PNG)
-    while place + 8 <= len(data):
-        size = int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] == b"tEXt":
-            keyword, _, text = data[place + 8 : place + 8 + size].partition(b"\0")
-            texts[keyword.lower()] = text
-        place += size + 12  # length, type and checksum
-    card = texts.get(b"ccv3") or texts.get(b"chara")
-    if card is None:
-        raise OSError("a picture without a character card")
-    return base64.b64decode(card).decode("utf-8-sig")
+    for keyword in (b"ccv3", b"chara"):
+        chunk = re.search(b"(.{4})tEXt" + keyword + b"\0", data, re.DOTALL | re.IGNORECASE)
+        if chunk:
+            size = int.from_bytes(chunk[1], "big") - len(keyword) - 1  # the chunk's data, without keyword and 0
+            return base64.b64decode(data[chunk.end() : chunk.end() + size]).decode("utf-8-sig")
+    raise OSError("a picture without a character card")
 
 
 def persona_in_dataset(path: Path, source: str) -> list[str]:
