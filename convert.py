@@ -11,7 +11,7 @@ from cli import UserError, explain_errors, log, run_script
 from files import typed_path, whole_files
 from messengers import LEFT_OUT, Message, messenger_of, read_export
 from options import Parser, Settings, option
-from records import joined_turns
+from turns import joined_turns
 
 
 @dataclass(frozen=True)

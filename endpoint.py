@@ -24,7 +24,8 @@ from formats import decode
 from generation import Generation, PrefixCache, Reply
 from inputs import utterances_shown
 from options import LARGEST, Decoding
-from records import NO_JSON, joined_turns, split_sentences
+from records import NO_JSON
+from turns import joined_turns, split_sentences
 
 MAX_CHOICES = 16
 MAX_STOPS = 64

@@ -24,20 +24,15 @@ from records import (
     FORMATS,
     NO_JSON,
     SYNONYMS,
-    Dialog,
     Fields,
-    Message,
-    Notes,
-    dialog_from,
     dialog_of,
     is_turn,
     keys_found,
     message_in,
-    normal,
     persona_in,
     reader_of,
-    warn_once,
 )
+from turns import Dialog, Message, Notes, dialog_from, normal, warn_once
 
 Content = bytes | mmap.mmap  # of a file
 Rows = Iterable[tuple[str, Any]]  # records, decoded or as JSON, each after its place for messages

@@ -16,7 +16,7 @@ import utils
 from cli import UserError
 from dialogs import Dialogs
 from helpers import DIALOG, TURNS, CountingTokenizer, json_lines, read
-from records import Dialog, Message, Utterance, replies_of
+from turns import Dialog, Message, Utterance, replies_of
 from utils import Ragged, load_dataset, with_distractors
 
 

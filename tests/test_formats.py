@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cli import UserError
-from dialogs import Dialogs, read_dataset, read_persona
+from dialogs import Dialogs, read_dataset
+from personas import read_persona
 
 PERSONA = ["i bake bread.", "i live by the sea."]
 

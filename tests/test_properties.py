@@ -19,7 +19,7 @@ from dialogs import read_dataset
 from helpers import IDS, make_split
 from inputs import Instances, build_prefix, truncate
 from options import Decoding
-from records import Dialog, Utterance
+from turns import Dialog, Utterance
 from utils import DialogTokenizer, learn_bpe
 from words import detokenize, spacy_words
 
