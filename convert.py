@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 
 from cli import UserError, explain_errors, log, run_script
 from files import typed_path, whole_files
 from messengers import LEFT_OUT, Message, messenger_of, read_export
 from options import Parser, Settings, option
+from turns import joined_turns
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,21 @@ def read_messages(name: str) -> list[Message]:
     return sorted(kept, key=lambda message: message.time)
 
 
-def dialogs_of(messages: list[Message], me: str, pause: timedelta) -> Iterator[list[dict[str, str]]]:
-    """Dialogs as lists of messages by role. What one side writes in a row is one utterance; all others are one side."""
-    dialog, last = [], None
-    for message in messages:
-        if last and message.time - last > pause:
+def split_at_pauses(messages: list[Message], pause: timedelta) -> Iterator[list[Message]]:
+    """The messages of each dialog: another one begins where nobody wrote for so long."""
+    dialog = messages[:1]
+    for before, message in pairwise(messages):
+        if message.time - before.time > pause:
             yield dialog
             dialog = []
-        role, text = "assistant" if message.name == me else "user", " ".join(message.text.split())
-        if dialog and dialog[-1]["role"] == role:
-            dialog[-1]["content"] += f" {text}"
-        else:
-            dialog.append({"role": role, "content": text})
-        last = message.time
+        dialog.append(message)
     yield dialog
+
+
+def dialog_of(messages: list[Message], me: str) -> list[dict[str, str]]:
+    """A dialog in OpenAI's form. All people but `me` are one side."""
+    turns = [("assistant" if message.name == me else "user", " ".join(message.text.split())) for message in messages]
+    return [{"role": role, "content": text} for role, text, _ in joined_turns(turns)]
 
 
 def main() -> None:
@@ -68,7 +71,8 @@ def main() -> None:
         raise UserError(
             f"--me '{settings.me}' wrote nothing in {settings.chat}; expected one of those who did: {known}"
         )
-    dialogs = dialogs_of(messages, settings.me, timedelta(hours=settings.pause))
+    pause = timedelta(hours=settings.pause)
+    dialogs = [dialog_of(dialog, settings.me) for dialog in split_at_pauses(messages, pause)]
     # A reply to nobody, or nobody's reply, teaches nothing.
     useful = [dialog for dialog in dialogs if {message["role"] for message in dialog} == {"user", "assistant"}]
     path = typed_path(settings.output)

@@ -1,6 +1,5 @@
 """What people wrote: every dataset in, one `Dialogs` out. The only room that sees a dataset's name."""
 
-import base64
 import codecs
 import hashlib
 import mmap
@@ -14,15 +13,14 @@ from dataclasses import replace
 from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 
 from cli import UserError, explain_errors, log
 from files import Unzipped, download, forget, is_url, typed_path
-from formats import Content, Lazy, Splits, decode, is_record, name_splits, read_content
-from records import FORMATS, NO_JSON, PERSONA_LINE, SYNONYMS, Dialog, Fields, keys_found, normal, persona_in, persona_of
+from formats import Content, Lazy, Splits, name_splits, read_content
+from records import FORMATS, SYNONYMS, keys_found
+from turns import Dialog
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
 PERSONACHAT_ON_HUB = "AlekseyKorshuk/persona-chat"
@@ -93,16 +91,17 @@ def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[
 
 def files_of_config(repo: str, names: list[str], config: str | None) -> list[str]:
     """Those of a dataset's files that belong to a configuration: each has a folder, where there are several."""
-    folders = {name.split("/")[0] for name in names if "/" in name and split_in(name.split("/")[0]) is None} - {"data"}
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    configs = sorted(top for top in tops if top != "data" and split_in(top) is None)
     if config is None:
-        config = "default" if "default" in folders else min(folders, default=None) if len(folders) == 1 else None
-        if config is None and folders:
-            raise UserError(
-                f"the dataset '{repo}' has the configurations {keys_found(sorted(folders))}; pass '{repo}:NAME'"
-            )
-    elif config not in folders:
-        raise UserError(f"the dataset '{repo}' has no configuration {config}, but {keys_found(sorted(folders))}")
-    return [name for name in names if config is None or name.split("/")[0] == config]
+        config = configs[0] if len(configs) == 1 else "default"
+        if not configs:
+            return names
+        if config not in configs:
+            raise UserError(f"the dataset '{repo}' has the configurations {keys_found(configs)}; pass '{repo}:NAME'")
+    elif config not in configs:
+        raise UserError(f"the dataset '{repo}' has no configuration {config}, but {keys_found(configs)}")
+    return [name for name in names if name.startswith(f"{config}/")]
 
 
 def split_in(name: str) -> str | None:
@@ -177,25 +176,35 @@ class Dialogs:
         self.name = "PersonaChat" if dataset_path == "" else dataset_path or valid_path  # in messages
 
     @cached_property
+    def given(self) -> Splits:
+        """The dialogs of `dataset_path`, by the splits that it has."""
+        return {} if self.dataset_path is None else read_dataset(self.dataset_path)
+
+    @cached_property
+    def validation(self) -> tuple[str, Lazy] | None:
+        """The split to validate on, after its name; None where there is none, and some dialogs are to be held out."""
+        if self.valid_path:
+            given, order = read_dataset(self.valid_path), ("valid", "all", "train")
+        else:
+            given, order = self.given, ("valid", "train", "all") if self.whole else ("valid",)
+        return next(((split, given[split]) for split in order if split in given), None)
+
+    @cached_property
     def digest(self) -> tuple[str, str]:
         """The SHA-256 of the content of `dataset_path` and `valid_path`; "" for one that is not given."""
         names = self.dataset_path, self.valid_path or None
-        if self.whole and self.dataset_path is not None and not self.valid_path:
-            if "valid" not in read_dataset(self.dataset_path):
-                names = None, self.dataset_path  # other splits than a training makes of it
+        if self.whole and not self.valid_path and "valid" not in self.given:
+            names = None, self.dataset_path  # other splits than a training makes of it
         return tuple("" if name is None else dataset_digest(name) for name in names)
 
     @cached_property
     def splits(self) -> dict[str, Iterable[Dialog]]:
         """The dialogs of "train" and "valid": lists where some were held out, and parsed in every loop where not."""
-        given = {} if self.dataset_path is None else read_dataset(self.dataset_path)
-        train, valid = given.get("train") or given.get("all") or [], given.get("valid")
-        if self.valid_path:
-            given = read_dataset(self.valid_path)
-            valid = given.get("valid") or given.get("all") or given["train"]
-        if valid is not None:
-            return {"train": train, "valid": valid}
-        return {"train": [], "valid": train} if self.whole else hold_out(list(train), self.name)
+        train = self.given.get("train", self.given.get("all", []))
+        if self.validation is None:
+            return hold_out(list(train), self.name)
+        _, valid = self.validation
+        return {"train": [] if valid is train else train, "valid": valid}
 
     @property
     def valid_source(self) -> tuple[str, str]:
@@ -204,19 +213,16 @@ class Dialogs:
         The split is called as the file calls it; it is "all" where a file has none, and "held out" where `hold_out`
         made it.
         """
-        given = read_dataset(self.valid_path or self.dataset_path or "")
-        name = self.valid_path or self.name
-        if "valid" not in given and not self.valid_path and not self.whole:
-            return name, "held out"
-        order = ("valid", "all", "train") if self.valid_path else ("valid", "train", "all")
-        split = next(split for split in order if split in given)
-        return name, given[split].split or split
+        if self.validation is None:
+            return self.name, "held out"
+        split, dialogs = self.validation
+        return self.valid_path or self.name, dialogs.split or split
 
     @cached_property
     def personas(self) -> list[list[str]]:
         """The personas of all splits of `dataset_path`, without the empty ones."""
-        splits = read_dataset(self.dataset_path).values()
-        personas = [dialog.personality for dialogs in splits for dialog in dialogs if dialog.personality]
+        everything = chain.from_iterable(self.given.values())
+        personas = [dialog.personality for dialog in everything if dialog.personality]
         if not personas:
             raise UserError(f"{self.name} holds no persona; pass --personality 'i like cats.'")
         return personas
@@ -273,131 +279,21 @@ def number_conversations(dialogs: list[Dialog]) -> list[int]:
     was changed in it, or where it was written beside another: each begins with all turns of the one before.
     """
     numbers: list[int] = []
-    count, seen = 0, {}
+    count = 0
+    seen: dict[tuple, int] = {}  # (turns, whether they are all of a dialog or all but its last) -> its number
     for dialog in dialogs:
         turns = tuple(text for last in dialog.utterances[-1:] for text in (*last.history, last.candidates[-1]))
-        # (turns, whether they are all): one side's turns are the other's without the last.
-        other = seen.get((turns, False)) if len(turns) > 1 else None
-        if other is None and len(turns) > 2:
-            other = seen.get((turns[:-1], True))
-        first = tuple(dialog.utterances[0].history[:-1]) if dialog.utterances else ()
-        if other is None and len(first) > 1:
-            other = seen.get((first, True))
-        numbers.append(count if other is None else other)
-        count += other is None
-        seen.setdefault((turns, True), numbers[-1])
-        seen.setdefault((turns[:-1], False), numbers[-1])
+        before = tuple(dialog.utterances[0].history[:-1]) if dialog.utterances else ()  # of a transcript that goes on
+        others = [
+            (turns, "but the last") if len(turns) > 1 else None,
+            (turns[:-1], "all") if len(turns) > 2 else None,
+            (before, "all") if len(before) > 1 else None,
+        ]
+        numbers.append(next((seen[other] for other in others if other in seen), count))
+        count += numbers[-1] == count
+        seen.setdefault((turns, "all"), numbers[-1])
+        seen.setdefault((turns[:-1], "but the last"), numbers[-1])
     return numbers
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Personas
-# ------------------------------------------------------------------------------------------------------------
-
-PNG = b"\x89PNG\r\n\x1a\n"
-PERSONA_FILES = "expected a sentence in each line, JSON, a dataset or a character card"
-BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+")
-CARD_KEYS = ("description", "personality", "scenario")
-
-
-def read_persona(name: str, option: str) -> list[str]:
-    """The persona in a file: sentences, JSON, a dataset, or a character card (JSON or PNG).
-
-    Args:
-        option: what named the file, for messages.
-    """
-    try:
-        data = typed_path(name).read_bytes()
-        text = card_in_png(data) if data.startswith(PNG) else data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
-    source = f"{option} {name}"
-    if text.lstrip()[:1] in ("{", "["):
-        sentences = persona_in_json(text, source, typed_path(name))
-    elif re.match(r"\s*\d+ (your|partner'?s) persona\s*:", text, re.I):
-        sentences = persona_in_dataset(typed_path(name), source)
-    else:
-        sentences = [sentence for line in text.splitlines() for sentence in persona_in_line(line.strip())]
-    sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
-    if not sentences:
-        raise UserError(f"{source} holds no persona; {PERSONA_FILES}")
-    return sentences
-
-
-def persona_in_line(line: str) -> list[str]:
-    """The sentence in a line of text, of a Markdown or YAML list, or of ParlAI; none in a heading or a fence."""
-    if re.match(r"#+ |---|\.\.\.$|```", line):
-        return []
-    line = BULLET.sub("", line, count=1) if BULLET.match(line) else line
-    if found := PERSONA_LINE.fullmatch(line):
-        return [found[2]] if found[1].lower() == "your" else []
-    key, colon, value = line.partition(":")
-    if colon and normal(key) in (*SYNONYMS["persona"], *CARD_KEYS):
-        value = value.strip()
-        if value in ("", "|", ">", "|-", ">-"):
-            return []
-        return re.findall(r"[^\s,\"'][^,\"']*", value[1:-1]) if value[0] + value[-1] == "[]" else [unquoted(value)]
-    if colon and normal(key) == "name" and value.strip():
-        return [f"My name is {unquoted(value.strip())}."]
-    return [unquoted(line)]
-
-
-def unquoted(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
-
-
-def persona_in_json(text: str, source: str, path: Path) -> list[str]:
-    with explain_errors(source, PERSONA_FILES, *NO_JSON):
-        try:
-            found = decode(text.encode(), dict[str, Any] | list[Any])
-        except msgspec.DecodeError:
-            if is_record(text.encode().lstrip().partition(b"\n")[0]):  # JSON lines
-                return persona_in_dataset(path, source)
-            raise
-        if isinstance(found, list):
-            return found if all(isinstance(each, str) for each in found) else persona_in_dataset(path, source)
-        card = found["data"] if isinstance(found.get("data"), dict) else found
-        if any(isinstance(card.get(key), str) for key in CARD_KEYS):
-            return persona_in_card(card, source)
-        return persona_in(Fields(found)) or persona_in_dataset(path, source)
-
-
-def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
-    """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
-    name = card.get("name") or ""
-    sentences = [f"My name is {name}."] if name else []
-    for key in CARD_KEYS:
-        sentences += persona_of(card.get(key) or "", f"$.{key}")
-    unread = [key for key in ("first_mes", "mes_example", "system_prompt", "character_book") if card.get(key)]
-    if unread:
-        log.info(f"{source}: a character card; not read: {', '.join(unread)}")
-    macros = {"{{char}}": name or "I", "<bot>": name or "I", "{{user}}": "you", "<user>": "you"}
-    pattern = re.compile("|".join(macros), re.I)
-    return [pattern.sub(lambda macro: macros[macro[0].lower()], sentence) for sentence in sentences]
-
-
-def card_in_png(data: bytes) -> str:
-    """The JSON of a character card in a picture: base64 in a text chunk, `ccv3` before `chara`."""
-    texts, place = {}, len(PNG)
-    while place + 8 <= len(data):
-        size = int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] == b"tEXt":
-            keyword, _, text = data[place + 8 : place + 8 + size].partition(b"\0")
-            texts[keyword.lower()] = text
-        place += size + 12  # length, type and checksum
-    card = texts.get(b"ccv3") or texts.get(b"chara")
-    if card is None:
-        raise OSError("a picture without a character card")
-    return base64.b64decode(card).decode("utf-8-sig")
-
-
-def persona_in_dataset(path: Path, source: str) -> list[str]:
-    """The first persona of a dataset."""
-    personas = [dialog.personality for dialogs in read_content(path, read_bytes(path)).values() for dialog in dialogs]
-    personas = [persona for persona in personas if persona]
-    if len({tuple(persona) for persona in personas}) > 1:
-        log.info(f"{source} is a dataset of {len(personas)} personas: the first one is taken")
-    return personas[0] if personas else []
 
 
 # ------------------------------------------------------------------------------------------------------------

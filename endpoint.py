@@ -24,7 +24,8 @@ from formats import decode
 from generation import Generation, PrefixCache, Reply
 from inputs import utterances_shown
 from options import LARGEST, Decoding
-from records import NO_JSON, split_sentences
+from records import NO_JSON
+from turns import joined_turns, split_sentences
 
 MAX_CHOICES = 16
 MAX_STOPS = 64
@@ -409,9 +410,7 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
         raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
     persona = split_sentences("\n".join(systems)) if systems else bot.persona
     turns = [turn for turn in told if turn[0] in ("user", "assistant") and turn[1].strip()]
-    # Utterances alternate: two messages of one speaker in a row are one.
-    spoken = itertools.groupby(turns, key=lambda turn: turn[0])
-    dialog = [(role, " ".join(text for _, text in each)) for role, each in spoken]
+    dialog = [(role, text) for role, text, _ in joined_turns(turns)]
     begun = check_message(dialog.pop()[1]) if dialog and dialog[-1][0] == "assistant" else ""
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")

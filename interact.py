@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cli import UserError, check_device, log, printable, run_script
-from dialogs import PERSONACHAT_URL, Dialogs, check_message, read_persona
+from dialogs import PERSONACHAT_URL, Dialogs, check_message
 from files import cached_path, is_url
 from model_files import decoding_defaults, find_finetuned_model
 from options import CommonSettings, Decoding, Parser, Settings, kind_of, option
+from personas import read_persona
 from terminal import (
     GREEN,
     Pace,

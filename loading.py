@@ -16,8 +16,9 @@ from cli import UserError, explain_errors, first_line, log
 from configs import load_config
 from inputs import Instance
 from model import HEAD, DialogModel, OpenAIGPTBody, packed_visibility, same_numbers, with_choice_head
-from model_files import ModelFiles, read_gguf
+from model_files import ModelFiles
 from options import Decoding
+from smollm2 import read_gguf
 from utils import DialogTokenizer, SpecialIds
 
 

@@ -1,26 +1,46 @@
-"""What a dialog looks like in other people's data: their keys, their speakers, their turns; a `Dialog` out."""
+"""What a dialog looks like in other people's data: a record in, by whatever keys; its messages, and a `Dialog`, out.
+
+A record is an object of JSON or a row of a table. Its keys tell its form (`RECORDS`, at the end), a reader makes
+messages of it, and `dialog_from` makes a dialog of any messages. Only PersonaChat's utterances, each of which holds its
+whole history, are taken as they are.
+"""
 
 import ast
+import contextlib
 import json
 import re
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from itertools import chain, groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
 
 import msgspec
 
-from cli import log
+from turns import (
+    ROLE_OF,
+    SIDES,
+    SILENCE,
+    Dialog,
+    Message,
+    Notes,
+    Utterance,
+    before_reply,
+    dialog_from,
+    joined_turns,
+    normal,
+    roles_of,
+    split_sentences,
+    spoken_in,
+    with_roles,
+)
 
 # The one list of what people call the same thing. Capitals, spaces and what else is no letter do not count.
 KEYS = {
     "persona": "personality persona personas yourpersona botpersona assistantpersona user2personas user2persona "
     "persona2 personab profile",
     "system": "system systemprompt systemmessage",
-    "turns": "utterances dialog dialogue messages conversations conversation turns chat bestgeneratedconversation",
+    "turns": "utterances dialog dialogue messages conversations conversation turns chat items "
+    "bestgeneratedconversation",
     "history": "history context",
     "candidates": "candidates labelcandidates",
     "reply": "reply response utterance completion output answer label labels evallabels chosen",
@@ -28,7 +48,7 @@ KEYS = {
     "input": "input",
     "id": "convid conversationid dialogid dialogueid conversationhash sessionid",
     "place": "utteranceidx turnid turnidx turn index",
-    "speaker": "role from speaker author sender speakerid user",
+    "speaker": "role from speaker author sender speakerid speakeridx user",
     "content": "content value text message utterance",
     "weight": "weight train trainable",
     "free": "freemessages",
@@ -38,154 +58,26 @@ KEYS = {
     "validation split": "validation valid val dev eval test",  # where there are several, the first of these
 }
 SYNONYMS = {name: words.split() for name, words in KEYS.items()}
-# A key that is named where it is not read: what it holds was probably meant for the model.
+# Keys that are named where they are not read: what they hold was probably meant for the model.
 TELLING = re.compile(
-    r"persona|character|system|speaker|role|author|dialog|conversation|session|split|^bio|profile|trait|background|scenario|facts"
+    r"persona|character|system|speaker|role|author|dialog|conversation|session|split|^bio|profile|trait|background"
+    r"|scenario|facts|^rejected|^is(bot|user|human|ai|assistant)"
 )
-SPEAKERS = {
-    "other": "user human prompter customer client localhuman you",
-    "bot": "assistant bot gpt chatgpt model ai agent chatbot char character",
-    "system": "system developer context",
-    "tool": "tool function functioncall functionresponse toolcall toolresponse observation environment ipython",
-}
-PART_OF = {word: part for part, words in SPEAKERS.items() for word in words.split()}
+MEANT = {word for name in ("history", "turns", "prompt", "input") for word in SYNONYMS[name]}
 
 NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets nested too deep
 FORMATS = "expected PersonaChat JSON, JSON lines, CSV, parquet or ParlAI text (see 'Data formats' in the README)"
-SILENCE = re.compile(r"\s*__ ?SILENCE ?__\s*", re.I)  # ParlAI's word for a turn without words
-PERSONA_LINE = re.compile(r"\s*(your|partner'?s)\s+persona\s*:\s*(.*?)\s*", re.I)
-
-
-class Prefix(Sequence):
-    """The first `length` of a list of texts that all replies of a dialog share: histories of their own would take
-    memory that grows with the square of the dialog."""
-
-    def __init__(self, texts: list[str], length: int):
-        self.texts, self.length = texts, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, place):
-        if isinstance(place, slice):
-            return [self.texts[i] for i in range(*place.indices(self.length))]
-        return self.texts[range(self.length)[place]]
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def __add__(self, other: list[str]) -> list[str]:
-        return self[:] + other
-
-    def __repr__(self) -> str:
-        return repr(self[:])
-
-
-class Utterance(msgspec.Struct):
-    history: Sequence[str]
-    candidates: list[str]  # the gold reply is the last one; alone, it asks for sampled distractors
-    alternatives: list[str] = []  # replies that are as right as the gold one
-
-
-class Dialog(msgspec.Struct):
-    personality: list[str]
-    utterances: list[Utterance]
-
-
-class Turn(NamedTuple):
-    by_bot: bool
-    text: str
-    learned: bool = True  # False: the model reads it and does not learn to say it
-    distractors: Sequence[str] = ()
-    alternatives: Sequence[str] = ()
-
-
-def replies_of(turns: Iterable[Turn]) -> list[Utterance]:
-    """Every turn of the bot as the reply to all before it."""
-    texts: list[str] = []
-    utterances = []
-    for by_bot, run in groupby(turns, key=lambda turn: turn.by_bot):
-        # Turns of one speaker in a row are one utterance: speakers must alternate.
-        run = list(run)
-        text = " ".join(turn.text for turn in run)
-        if by_bot and all(turn.learned for turn in run):
-            parts = {text, *(turn.text for turn in run), *(right for turn in run for right in turn.alternatives)}
-            distractors = [wrong for turn in run for wrong in turn.distractors if wrong and wrong not in parts]
-            alternatives = list(run[0].alternatives) if len(run) == 1 else []
-            utterances.append(Utterance(Prefix(texts, len(texts)), [*distractors, text], alternatives))
-        texts.append(text)
-    return utterances
-
-
-class Notes(Counter):
-    """How often what of a file was not read. Said once, after all of it is read."""
-
-    def say(self, path: Path) -> None:
-        if self:
-            counts = ", ".join(f"{what} ({count})" for what, count in sorted(self.items()))
-            warn_once(f"warning: {path}: not read: {textwrap.shorten(counts, 400, placeholder=' ...')}")
-        self.clear()
-
-
-@cache
-def warn_once(message: str) -> None:
-    log.warning(message)
-
-
-def dialog_from(personality: Iterable[str], turns: Iterable[Turn], notes: Notes) -> Dialog:
-    """A dialog from turns in which there may be lines of the persona, silence and nothing."""
-    personality, spoken = list(personality), []
-    for turn in turns:
-        text = turn.text
-        if "persona" in text.lower():
-            lines = [(line, PERSONA_LINE.fullmatch(line)) for line in text.splitlines()]
-            if any(found for _, found in lines):
-                personality += [found[2] for _, found in lines if found and found[1].lower() == "your" and found[2]]
-                text = "\n".join(line for line, found in lines if not found).strip()
-                if not text:
-                    continue
-        if not text.strip():
-            notes["messages without text"] += 1
-        elif not SILENCE.fullmatch(text):
-            spoken.append(turn._replace(text=text))
-    return Dialog(personality, replies_of(spoken))
-
-
-# A full stop after these ends no sentence: Dr. Smith, the U.S. government, J. Smith.
-ABBREVIATION = re.compile(
-    r"\b(?i:dr|mr|mrs|ms|prof|st|jr|sr|vs|gen|rev)\.$|(?:\b[A-Za-z]\.)+[A-Za-z]\.$|\b(?!I)[A-Z]\.$"
-)
-
-
-def split_sentences(text: str) -> list[str]:
-    """Persona sentences from running text: one per line, and a new one after . ! or ? and their like."""
-    sentences = []
-    for line in text.splitlines():
-        begun = ""
-        for part in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”’)])\s+|(?<=[。！？])\s*", line.strip()):
-            begun = f"{begun} {part}".strip()
-            if not ABBREVIATION.search(begun[-20:]):
-                sentences.append(begun)
-                begun = ""
-        sentences.append(begun)
-    return [sentence for sentence in sentences if sentence]
-
 
 # ------------------------------------------------------------------------------------------------------------
-# Records: a dialog, or a turn of one, as JSON and tables hold it
+# Keys and values
 # ------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def normal(key: str) -> str:
-    return re.sub(r"[\W_]+", "", key).lower()
 
 
 class Fields:
-    """The keys of an object, found by any of their synonyms."""
+    """The keys of an object, found by any of their synonyms. where: the object's place in its record, for messages."""
 
-    def __init__(self, record: dict[str, Any]):
-        self.record = record
+    def __init__(self, record: dict[str, Any], where: str = "$"):
+        self.record, self.where = record, where
         self.keys = {normal(key): key for key in record}
         self.read: set[str] = set()
 
@@ -197,14 +89,24 @@ class Fields:
         return all(self.key(name) is not None for name in names)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key, which counts as read; the default where there is none, or null."""
         key = self.key(name)
         self.read.add(key)
-        return default if key is None or self.record[key] is None else self.record[key]
+        value = self.record.get(key)
+        return default if value is None else value
+
+    def place(self, name: str) -> str:
+        return f"{self.where}.{self.key(name)}"
 
     def note_unread(self, notes: Notes) -> None:
         for word, key in self.keys.items():
-            if key not in self.read and TELLING.search(word) and self.record[key] not in (None, "", [], {}):
+            unread = key not in self.read and self.record[key] not in (None, "", [], {})
+            if unread and (word in MEANT or TELLING.search(word)):
                 notes[f"the key {key}"] += 1
+
+
+def keys_found(keys: Iterable[str]) -> str:
+    return textwrap.shorten(", ".join(keys), 100, placeholder=" ...") or "(none)"
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
@@ -216,131 +118,50 @@ def typed(value: Any, kind: Any, where: str) -> Any:
         raise ValueError(f"{message} - at `{where}{inner or '`'}") from error
 
 
-def keys_found(keys: Iterable[str]) -> str:
-    return textwrap.shorten(", ".join(keys), 100, placeholder=" ...") or "(none)"
+def texts_in(value: Any, where: str) -> list[str]:
+    """A list of texts, maybe in one text. A null in it is nothing."""
+    value = unpacked(value)
+    if isinstance(value, list):
+        value = [text for text in value if text is not None]
+    return typed(value, list[str], where)
 
 
-def text_of(content: Any, where: str, notes: Notes) -> str:
-    """The text of a message: a string, nothing, or parts of which some may be pictures."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        content = [content]
-    texts = []
-    for i, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) else typed(part, str, f"{where}[{i}]")
-        if isinstance(text, str):
-            texts.append(text)
-        else:
-            notes["parts of messages that are no text"] += 1
-    return " ".join(texts)
+# A text as Python writes it, and the space before the next, between which numpy sets no comma.
+LITERAL = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(\s+(?=['"]))?""", re.DOTALL)
 
 
-class Said(NamedTuple):
-    """A message as it is given."""
-
-    speaker: str | None
-    text: str
-    learned: bool = True
-    distractors: Sequence[str] = ()
-    alternatives: Sequence[str] = ()
-
-
-def said(item: Any, where: str, notes: Notes) -> Said:
-    """A message from a text, a [speaker, text] pair or an object."""
-    if isinstance(item, str):
-        return Said(None, item)
-    if isinstance(item, list):
-        speaker, text = typed(item, tuple[str | int, str], where)
-        return Said(str(speaker), text)
-    fields = Fields(typed(item, str | dict[str, Any], where))
-    speaker, content = fields.get("speaker"), fields.get("content")
-    if speaker is None:
-        speaker = fields.record.get("id")  # of ParlAI's acts
-    if isinstance(speaker, dict):
-        speaker = speaker.get("name") or speaker.get("role")
-    if content is None and not fields.has("content") and fields.keys.keys().isdisjoint(("toolcalls", "functioncall")):
-        raise ValueError(
-            f"a message has the keys {keys_found(fields.record)}, expected role and content - at `{where}`"
-        )
-    place = f"{where}.{fields.key('content')}"
-    speaker = None if speaker is None else typed(speaker, str | int, f"{where}.{fields.key('speaker') or 'id'}")
-    candidates = [text for text in fields.get("candidates", []) if isinstance(text, str)]
-    return Said(
-        None if speaker is None else str(speaker),
-        text_of(content, place, notes),
-        fields.get("weight", 1) not in (0, "0"),
-        candidates,
-    )
-
-
-def flat(items: list) -> list:
-    """Turns in one list, where they are given as [turn, answer] pairs."""
-    pairs = [item for item in items if isinstance(item, list) and len(item) == 2]
-    if not pairs or len(pairs) < len(items):
-        return list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items))
-    firsts = {str(first) for first, _ in pairs if not isinstance(first, dict)}
-    # [speaker, text] and not [turn, answer]: the first ones are numbers, or names that come again.
-    named = all(isinstance(first, int) or normal(str(first)) in PART_OF for first, _ in pairs)
-    named = named or (0 < len(firsts) <= 2 < len(pairs))
-    return items if named else list(chain.from_iterable(items))
-
-
-def bot_of(speakers: list[str]) -> tuple[set[str], bool]:
-    """Which of the speakers are the bot, and whether the others must be known by name to be the other person."""
-    parts = {speaker: PART_OF.get(normal(speaker)) for speaker in speakers}
-    bots = {speaker for speaker, part in parts.items() if part == "bot"}
-    others = {speaker for speaker, part in parts.items() if part == "other"}
-    unknown = [speaker for speaker, part in parts.items() if part is None]
-    if not bots:
-        if all(speaker[-1:].isdigit() for speaker in unknown):
-            unknown.sort(key=lambda speaker: int(re.search(r"\d+$", speaker)[0]))  # Speaker 2 is the second
-        return set(unknown[:1] if others else unknown[1:2]), False
-    return bots, bool(others)
-
-
-def turns_of(messages: list[Said], notes: Notes) -> tuple[list[str], list[Turn]]:
-    """The persona sentences of the system's messages, and the turns of both speakers."""
-    if all(message.speaker is None for message in messages):  # they alternate, the other person first
-        return [], [Turn(i % 2 == 1, *message[1:]) for i, message in enumerate(messages)]
-    personality, turns = [], []
-    bots, strict = bot_of(list(dict.fromkeys(message.speaker for message in messages if message.speaker is not None)))
-    for message in messages:
-        part = PART_OF.get(normal(message.speaker or ""))
-        if part == "tool":
-            notes[f"messages of the role {message.speaker[:40]}"] += 1
-        elif part == "system":
-            if "persona" in message.text.lower() and PERSONA_LINE.match(message.text):
-                turns.append(Turn(False, *message[1:]))  # ParlAI's context
-            else:
-                personality += split_sentences(message.text)
-        elif message.speaker in bots:
-            turns.append(Turn(True, *message[1:]))
-        elif part == "other" or (message.speaker is not None and not strict):
-            turns.append(Turn(False, *message[1:]))
-        else:
-            notes[f"messages of the role {(message.speaker or '(none)')[:40]}"] += 1
-    return personality, turns
-
-
-def rows_of(value: Any) -> Any:
-    """An object of lists as a list of objects: Arrow's way and the hub's for the same thing."""
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
-    return unpacked(value)
+def python_literal(text: str) -> Any:
+    return ast.literal_eval(LITERAL.sub(lambda found: found[1] + ("," if found[2] else ""), text))
 
 
 def unpacked(value: Any) -> Any:
-    """A list that a table holds as text, in JSON or as Python prints it."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            try:
+    """A list that a table holds as text, in JSON or as Python and numpy print it. Other values are as they are."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        for parse in (json.loads, python_literal):
+            with contextlib.suppress(*NO_JSON, SyntaxError, MemoryError):
                 found = parse(value)
-            except (*NO_JSON, SyntaxError, MemoryError):
-                continue
-            if isinstance(found, list | dict):
-                return found
+                if isinstance(found, list | dict):
+                    return found
     return value
+
+
+def rows_of(value: Any) -> Any:
+    """As `unpacked`; an object of lists, Arrow's form and the hub's for a list of objects, is that list."""
+    value = unpacked(value)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Personas and messages
+# ------------------------------------------------------------------------------------------------------------
+
+
+def persona_in(fields: Fields) -> list[str]:
+    """The sentences of the keys for a persona and for a system prompt."""
+    values = [(fields.get(name), fields.place(name)) for name in ("persona", "system")]
+    return [sentence for value, where in values if value for sentence in persona_of(value, where)]
 
 
 def persona_of(value: Any, where: str) -> list[str]:
@@ -349,121 +170,197 @@ def persona_of(value: Any, where: str) -> list[str]:
     if isinstance(value, str):
         return split_sentences(value)
     if isinstance(value, dict):
-        part = Fields(value)
-        bots = bot_of(list(value))[0] or set(part.record)
-        return persona_of(next((value[name] for name in value if name in bots), []), where)
+        roles = roles_of(list(map(str, value)))
+        ours = [name for name in value if roles[str(name)] == "assistant"] or list(value)
+        return persona_of(value[ours[0]], f"{where}.{ours[0]}") if ours else []
     if isinstance(value, list) and any(isinstance(each, list | dict) for each in value):
-        return persona_of(value[min(1, len(value) - 1)], f"{where}[{min(1, len(value) - 1)}]")
-    return typed(value, list[str], where)
+        second = min(1, len(value) - 1)
+        return persona_of(value[second], f"{where}[{second}]")
+    return texts_in(value, where)
 
 
-def lines_of_chat(text: str) -> list[Said]:
-    """A conversation in one text: a line a turn, maybe each after a name and a colon."""
+def messages_of(value: Any, where: str, notes: Notes) -> list[Message]:
+    """Messages from a list of what `message_of` reads, in any of the ways to write such a list, or from one text."""
+    items = rows_of(value)
+    if isinstance(items, str):
+        return lines_of_chat(items)
+    items = flat(typed(items, list, where))
+    notes["messages without text"] += items.count(None)
+    return [message_of(item, f"{where}[{i}]", notes) for i, item in enumerate(items) if item is not None]
+
+
+def lines_of_chat(text: str) -> list[Message]:
+    """A conversation in one text: a line a turn, each after a name and a colon where two names are in all of them."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [re.fullmatch(r"([^:]{1,40}):\s*(.*)", line) for line in lines]
-    names = Counter(found[1] for found in named if found)
-    if len(names) == 2 and sum(names.values()) == len(lines):
-        return [Said(found[1], found[2]) for found in named]
-    return [Said(None, line) for line in lines]
+    if all(named) and len({match[1] for match in named}) == 2:
+        return [Message(match[1], match[2]) for match in named]
+    return [Message(None, line) for line in lines]
 
 
-def persona_in(fields: Fields) -> list[str]:
-    found = [(name, fields.get(name)) for name in ("persona", "system")]
-    return [line for name, value in found if value for line in persona_of(value, f"$.{fields.key(name)}")]
+def flat(items: list) -> list:
+    """Turns in one list, where they are given as [turn, answer] pairs or in lists of lists."""
+    if all(isinstance(item, list) and len(item) == 2 for item in items) and are_speakers([item[0] for item in items]):
+        return items
+    return list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items))
 
 
-def read_turns(fields: Fields, notes: Notes) -> Dialog:
+def are_speakers(firsts: list) -> bool:
+    """Whether the first items of pairs name speakers: they are numbers, roles, or two names that come again."""
+    if all(isinstance(first, int) or normal(str(first)) in ROLE_OF for first in firsts):
+        return True
+    names = {str(first) for first in firsts if not isinstance(first, dict)}
+    return 0 < len(names) <= 2 < len(firsts)
+
+
+def message_of(item: Any, where: str, notes: Notes) -> Message:
+    """A message from a text, a [speaker, text] pair or an object."""
+    if isinstance(item, str):
+        return Message(None, item)
+    if isinstance(item, list):
+        speaker, text = typed(item, tuple[str | int, str], where)
+        return Message(str(speaker), text)
+    return message_in(Fields(typed(item, str | dict[str, Any], where), where), notes)
+
+
+def message_in(fields: Fields, notes: Notes) -> Message:
+    """The message that an object holds."""
+    if not fields.has("content") and not fields.keys.keys() & {"toolcalls", "functioncall"}:
+        found = keys_found(fields.record)
+        raise ValueError(f"a message has the keys {found}, expected role and content - at `{fields.where}`")
+    speaker = fields.get("speaker", fields.record.get("id"))  # id: of ParlAI's acts
+    if isinstance(speaker, dict):
+        speaker = speaker.get("name") or speaker.get("role")
+    if speaker is not None:
+        speaker = str(typed(speaker, str | int | bool, f"{fields.where}.{fields.key('speaker') or 'id'}"))
+    text = text_of(fields.get("content"), fields.place("content"), notes)
+    learned = str(fields.get("weight", 1)).lower() not in ("0", "0.0", "false")
+    distractors = texts_in(fields.get("candidates", []), fields.place("candidates"))
+    fields.note_unread(notes)
+    return Message(speaker, text, learned, distractors)
+
+
+def text_of(content: Any, where: str, notes: Notes) -> str:
+    """The text of a message: a string, a number, nothing, or parts of which some may be pictures."""
+    if content is None:
+        return ""
+    if isinstance(content, str | int | float):
+        return str(content)
+    texts = []
+    for i, part in enumerate(content if isinstance(content, list) else [content]):
+        text = part.get("text") if isinstance(part, dict) else typed(part, str, f"{where}[{i}]")
+        if isinstance(text, str):
+            texts.append(text)
+        else:
+            notes["parts of messages that are no text"] += 1
+    return " ".join(texts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_chat(fields: Fields, notes: Notes) -> Dialog:
     """`dialog`, `messages`, `conversations` and the like: turns of many kinds, or PersonaChat's utterances."""
-    where, items = f"$.{fields.key('turns')}", rows_of(fields.get("turns", []))
-    personality = persona_in(fields)
-    if isinstance(items, str):
-        messages = lines_of_chat(items)
-    else:
-        items = typed(items, list, where)
-        if items and isinstance(items[0], dict) and is_utterance(Fields(items[0])):
-            replies = [read_reply(Fields(item), f"{where}[{i}]", notes) for i, item in enumerate(items)]
-            return Dialog(personality, [reply for reply in replies if reply])
-        messages = [said(item, f"{where}[{i}]", notes) for i, item in enumerate(flat(items))]
-    context = fields.get("history") if isinstance(fields.record.get("context"), list) else None
-    if context and all(isinstance(act, dict) for act in context):  # of a ParlAI conversation
-        messages = [said(act, f"$.context[{i}]", notes) for i, act in enumerate(context)] + messages
-    of_system, turns = turns_of(messages, notes)
-    return dialog_from(personality + of_system, turns, notes)
+    personality, where = persona_in(fields), fields.place("turns")
+    items = rows_of(fields.get("turns", []))
+    if items and isinstance(items, list) and isinstance(items[0], dict) and is_utterance(Fields(items[0])):
+        rows = [read_utterance(Fields(item, f"{where}[{i}]"), notes) for i, item in enumerate(items)]
+        return Dialog(personality, [utterance for row in rows for utterance in row.utterances])
+    messages = messages_of(items, where, notes)
+    acts = fields.record.get(fields.key("history"))
+    if isinstance(acts, list) and all(isinstance(act, dict) for act in acts):  # the context of ParlAI's conversations
+        messages = messages_of(fields.get("history"), fields.place("history"), notes) + messages
+    return dialog_from(personality, messages, notes)
 
 
 def is_utterance(fields: Fields) -> bool:
     return fields.has("history") or (fields.has("candidates") and not fields.has("content"))
 
 
-def read_reply(fields: Fields, where: str, notes: Notes) -> Utterance | None:
-    """A reply with its history and candidates; None where there is nothing to learn."""
-    history = rows_of(fields.get("history"))
-    if history is None:
-        raise ValueError(f"Object missing required field `history` - at `{where}`")
-    if isinstance(history, str):
-        history = [line.strip() for line in history.splitlines() if line.strip()]
-    history = typed(history, list[str], f"{where}.{fields.key('history')}")
-    if any(SILENCE.fullmatch(text) for text in history):
-        # Whose turn it was is counted from the reply backwards, and must stay so without the silent ones.
-        turns = [Turn((len(history) - i) % 2 == 0, text) for i, text in enumerate(history)]
-        spoken = [turn for turn in turns if not SILENCE.fullmatch(turn.text)]
-        history = [" ".join(turn.text for turn in run) for _, run in groupby(spoken, key=lambda turn: turn.by_bot)]
-    candidates, reply = fields.get("candidates"), fields.get("reply")
-    if candidates is None and reply is None:
-        raise ValueError(f"Object missing required field `candidates` - at `{where}`")
-    candidates = typed(unpacked(candidates) or [], list[str], f"{where}.{fields.key('candidates')}")
-    right = reply if isinstance(reply, list) else [reply]
-    if reply is None:
-        if not candidates:
-            raise ValueError(f"Expected `array` of length >= 1 - at `{where}.{fields.key('candidates')}`")
-        right = candidates[-1:]
-        candidates = candidates[:-1]
-    else:
-        right = typed(right, list[str], f"{where}.{fields.key('reply')}")
-        candidates = [text for text in candidates if text not in right]
-    if not right or not right[0].strip() or SILENCE.fullmatch(right[0]):
-        notes["empty replies"] += 1
-        return None
-    return Utterance(history, [*candidates, right[0]], right[1:])
-
-
 def read_utterance(fields: Fields, notes: Notes) -> Dialog:
-    """A row that is one reply, as the hub's PersonaChat has it."""
-    personality, reply = persona_in(fields), read_reply(fields, "$", notes)
-    return Dialog(personality, [reply] if reply else [])
+    """One reply with its history and candidates, as PersonaChat has it: a dialog of one utterance, or of none."""
+    personality = persona_in(fields)
+    persona, history = read_history(fields, notes)
+    reply, wrong = fields.get("reply"), texts_in(fields.get("candidates", []), fields.place("candidates"))
+    if reply is not None:
+        right = texts_in(reply if isinstance(reply, list) else [reply], fields.place("reply"))
+        wrong = [text for text in wrong if text not in right]
+    elif wrong:
+        *wrong, gold = wrong
+        right = [gold]
+    elif fields.get("candidates") is None:
+        raise ValueError(f"Object missing required field `candidates` - at `{fields.where}`")
+    else:
+        raise ValueError(f"Expected `array` of length >= 1 - at `{fields.place('candidates')}`")
+    dialog = Dialog(personality + persona, [])
+    if right and right[0].strip() and not SILENCE.fullmatch(right[0]):
+        dialog.utterances.append(Utterance(history, [*wrong, right[0]], right[1:]))
+    else:
+        notes["empty replies"] += 1
+    return dialog
+
+
+def read_history(fields: Fields, notes: Notes) -> tuple[list[str], list[str]]:
+    """The persona in a reply's history, and the utterances."""
+    if not fields.has("history"):
+        raise ValueError(f"Object missing required field `history` - at `{fields.where}`")
+    history = rows_of(fields.get("history", []))
+    if isinstance(history, list) and all(isinstance(text, str) and not SILENCE.fullmatch(text) for text in history):
+        return [], history  # nearly always; a dataset has a million of them
+    messages = before_reply(messages_of(history, fields.place("history"), notes))
+    persona, spoken = spoken_in(with_roles(messages), notes)
+    return persona, [text for _, text, _ in joined_turns(spoken)]
 
 
 def read_pair(fields: Fields, notes: Notes) -> Dialog:
-    """Prompt and completion, or instruction, input and output; either may be a list of messages."""
-    personality, messages = persona_in(fields), []
-    earlier = fields.get("history", [])
-    messages += [said(item, "$.history", notes) for item in (flat(earlier) if isinstance(earlier, list) else [])]
-    for name, speaker in ("prompt", "user"), ("reply", "assistant"):
-        where, value = f"$.{fields.key(name)}", unpacked(fields.get(name, ""))
-        if isinstance(value, list):
-            items = [said(item, f"{where}[{i}]", notes) for i, item in enumerate(value)]
-        else:
-            more = fields.get("input", "") if name == "prompt" else ""
-            items = [Said(speaker, "\n".join(filter(None, (typed(value, str, where), more))))]
-        messages += items
-    numbered = [
-        message._replace(speaker=message.speaker or ("user", "assistant")[i % 2]) for i, message in enumerate(messages)
-    ]
-    of_system, turns = turns_of(numbered, notes)
-    return dialog_from(personality + of_system, turns, notes)
+    """Prompt and completion, or instruction, input and output; any of them may be messages."""
+    asked = "prompt" if fields.has("prompt") else "input"
+    history, prompt, reply = (told(fields, name, notes) for name in ("history", asked, "reply"))
+    several = isinstance(reply, list) and len(reply) > 1 and all(message.speaker is None for message in reply)
+    if isinstance(prompt, str):
+        # What Alpaca's input and Dolly's context hold is what the instruction is about.
+        about = text_of(fields.get("input"), fields.place("input"), notes) if asked == "prompt" else ""
+        texts = [prompt, about, history if isinstance(history, str) else ""]
+        prompt = [Message("user", "\n".join(filter(None, texts)))]
+    elif several:  # the columns of a table: many prompts, and a reply to each
+        typed(fields.get("reply"), str, fields.place("reply"))
+    if isinstance(reply, str):
+        reply = [Message("assistant", reply)]
+    elif several:  # each of them is right
+        reply = [Message("assistant", reply[0].text, alternatives=[message.text for message in reply[1:]])]
+    messages = before_reply(prompt if isinstance(history, str) else history + prompt)
+    if {message.text for message in messages[-1:]} & {message.text for message in reply[:-1]}:
+        messages = []  # in preference data, the reply's messages begin with those of the prompt
+    reply = [message._replace(speaker=message.speaker or "assistant") for message in reply]
+    return dialog_from(persona_in(fields), messages + reply, notes)
+
+
+def told(fields: Fields, name: str, notes: Notes) -> str | list[Message]:
+    """The text that a key holds, or its messages. A text that looks like a list of anything else is a text."""
+    value, where = fields.get(name, ""), fields.place(name)
+    if isinstance(value, dict):
+        value = [value]
+    found = unpacked(value)
+    listed = isinstance(found, list) and all(isinstance(item, dict) and Fields(item).has("content") for item in found)
+    if isinstance(value, list) or (listed and found):
+        return messages_of(found, where, notes)
+    return text_of(value, where, notes)
 
 
 def read_blended(fields: Fields, notes: Notes) -> Dialog:
     """The hub's BlendedSkillTalk: what each speaker said in a list of its own; the guided one has the persona."""
-    free, guided = (typed(fields.get(name, []), list[str], f"$.{fields.key(name)}") for name in ("free", "guided"))
-    turns = [Turn(by_bot, text) for pair in zip(free, guided, strict=False) for by_bot, text in enumerate(pair)]
-    return dialog_from(persona_in(fields), [turn._replace(by_bot=bool(turn.by_bot)) for turn in turns], notes)
+    free, guided = (texts_in(fields.get(name, []), fields.place(name)) for name in ("free", "guided"))
+    pairs = zip(free, guided, strict=False)
+    messages = [Message(side, text) for pair in pairs for side, text in zip(SIDES, pair, strict=True)]
+    return dialog_from(persona_in(fields), messages, notes)
 
 
 # What a record must hold, and its reader; the first that fits.
 RECORDS = [
     (("free", "guided"), read_blended),
-    (("turns",), read_turns),
+    (("turns",), read_chat),
     (("history", "candidates"), read_utterance),
     (("prompt", "reply"), read_pair),
     (("history", "reply"), read_utterance),
@@ -474,22 +371,26 @@ EXPECTED = (
 )
 
 
-def is_turn(fields: Fields) -> bool:
-    """Whether a record is one message, the others of its conversation on lines of their own."""
-    return fields.has("content") and (fields.has("id") or fields.has("speaker")) and not is_utterance(fields)
-
-
 def reader_of(fields: Fields) -> Callable[[Fields, Notes], Dialog] | None:
     return next((reader for names, reader in RECORDS if fields.has(*names)), None)
 
 
-def dialog_of(record: dict[str, Any], notes: Notes | None = None) -> Dialog:
+def is_turn(fields: Fields) -> bool:
+    """Whether a record is one message, the others of its conversation on lines of their own."""
+    if not fields.has("content"):
+        return False
+    if fields.has("id", "place") and fields.key("reply") == fields.key("content"):  # EmpatheticDialogues' utterance
+        return not fields.has("turns")
+    return reader_of(fields) is None and (fields.has("id") or fields.has("speaker")) and not is_utterance(fields)
+
+
+def dialog_of(fields: Fields, notes: Notes) -> Dialog:
     """The dialog in a record. Raises ValueError with what is wrong."""
-    fields, notes = Fields(record), Notes() if notes is None else notes
     reader = reader_of(fields)
     if reader is None:
-        raise ValueError(f"has the keys {keys_found(record)}; {EXPECTED} - at `$`")
+        raise ValueError(f"has the keys {keys_found(fields.record)}; {EXPECTED} - at `$`")
     dialog = reader(fields, notes)
-    fields.get("id"), fields.get("place")
+    for name in ("id", "place"):
+        fields.get(name)
     fields.note_unread(notes)
     return dialog

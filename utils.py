@@ -21,7 +21,8 @@ from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
 from options import MAX_HISTORY
 from progress import progress_bar
-from records import FORMATS, Dialog, Prefix
+from records import FORMATS
+from turns import Dialog, Prefix
 from words import CONTINUATIONS, detokenize, spacy_words
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dialogs import read_dataset
-from records import Dialog, Utterance
+from turns import Dialog, Utterance
 from utils import SpecialIds, Split, number_strings
 
 ROOT = Path(__file__).resolve().parent.parent

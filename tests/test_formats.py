@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cli import UserError
-from dialogs import Dialogs, read_dataset, read_persona
+from dialogs import Dialogs, read_dataset
+from personas import read_persona
 
 PERSONA = ["i bake bread.", "i live by the sea."]
 
@@ -82,9 +84,57 @@ READ = {
     ),
     "a table": ("prompt,response\nhi,hello\n", [([], [HELLO])]),
 }  # fmt: skip
+# What looks like something else, lacks something, or is written in an unusual way.
+ODD = {
+    "ShareGPT's items": (
+        lines({"items": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}),
+        [([], [HELLO])],
+    ),
+    "the lists that numpy prints": (
+        "persona,dialog\n\"['i bake.' 'i fish.']\",\"['hi' 'hello']\"\n",
+        [(["i bake.", "i fish."], [HELLO])],
+    ),
+    # texts that look like something else
+    "an answer that is JSON": (lines({"prompt": "hi", "completion": '{"a": 1}'}), [([], [(["hi"], ['{"a": 1}'], [])])]),
+    "an answer that is a list": (lines({"prompt": "[1, 2]", "completion": "[3]"}), [([], [(["[1, 2]"], ["[3]"], [])])]),
+    "numbers": (lines({"instruction": "add", "input": 3, "output": 4}), [([], [(["add\n3"], ["4"], [])])]),
+    "a number in a message": (
+        lines({"messages": [*chat("role", "content")[:1], {"role": "assistant", "content": 3}]}),
+        [([], [(["hi"], ["3"], [])])],
+    ),
+    "speakers that are true and false": (
+        lines({"dialog": [{"speaker": False, "text": "hi"}, {"speaker": True, "text": "hello"}]}),
+        [([], [HELLO])],
+    ),
+    # nothing in a list is nothing
+    "a null in messages": (
+        lines({"messages": [*chat("role", "content")[:1], None, *chat("role", "content")[1:]]}),
+        [([], [HELLO])],
+    ),
+    "a null in a persona": (lines({"persona": ["i bake.", None], "dialog": ["hi", "hello"]}), [(["i bake."], [HELLO])]),
+    "a null history": (lines({"history": None, "response": "hello"}), [([], [([], ["hello"], [])])]),
+    # what is before a reply
+    "a history of messages": (
+        lines({"history": chat("role", "content")[:1], "candidates": ["no", "hello"]}),
+        [([], [(["hi"], ["no", "hello"], [])])],
+    ),
+    "a context beside an instruction": (
+        lines({"instruction": "hi", "context": "at sea", "response": "hello"}),
+        [([], [(["hi\nat sea"], ["hello"], [])])],
+    ),
+    "preferred messages that hold the prompt": (
+        lines({"prompt": "hi", "chosen": chat("role", "content")}),
+        [([], [HELLO])],
+    ),
+    "several answers": (lines({"question": "hi", "answer": ["hello", "hey"]}), [([], [(["hi"], ["hello"], ["hey"])])]),
+    "EmpatheticDialogues": (
+        "conv_id,utterance_idx,prompt,speaker_idx,utterance\nc,2,sad,2,hello\nc,1,sad,1,hi\n",
+        [([], [HELLO])],
+    ),
+}
 
 
-@pytest.mark.parametrize(("content", "expected"), READ.values(), ids=READ)
+@pytest.mark.parametrize(("content", "expected"), (READ | ODD).values(), ids=READ | ODD)
 def test_is_read(content, expected, tmp_path):
     path = tmp_path / "file"
     path.write_text(content, encoding="utf-8")
@@ -131,6 +181,36 @@ def test_keys_that_are_not_known_are_named_with_those_that_are(tmp_path):
     path.write_text(lines({"foo": 1, "bar": 2}))
     with pytest.raises(UserError, match="foo.*bar"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("prompt,completion\na,b\nhi,hello,you\n", "line 3: has more cells than there are columns"),
+        (lines({"prompt": ["hi", "a"], "completion": ["hello", "b"]}), "got `array` - at `$.completion`"),
+    ],
+)
+def test_what_would_be_read_wrong_is_an_error(content, line, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(line)):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "note"),
+    [
+        ({"messages": chat("role", "content")[:1]}, "dialogs without a reply to learn (1)"),
+        ({"messages": [{"is_bot": False, "text": "hi"}, {"is_bot": True, "text": "hello"}]}, "the key is_bot (2)"),
+        ({"prompt": "hi", "chosen": "hello", "rejected": "no"}, "the key rejected (1)"),
+        ({"prompt": "hi", "messages": chat("role", "content")}, "the key prompt (1)"),
+    ],
+)
+def test_what_is_lost_is_said(record, note, tmp_path, caplog):
+    path = tmp_path / "file.jsonl"
+    path.write_text(lines(record))
+    read(path)
+    assert caplog.messages == [f"warning: {path}: not read: {note}"]
 
 
 @pytest.mark.parametrize("key", ["bio", "user_persona", "Character Description", "traits", "test_split"])

@@ -19,7 +19,7 @@ from dialogs import read_dataset
 from helpers import IDS, make_split
 from inputs import Instances, build_prefix, truncate
 from options import Decoding
-from records import Dialog, Utterance
+from turns import Dialog, Utterance
 from utils import DialogTokenizer, learn_bpe
 from words import detokenize, spacy_words
 
@@ -251,7 +251,9 @@ def test_any_bytes_give_dialogs_or_one_line(data, zipped):
         return
     for dialog in (dialog for split in splits.values() for dialog in split):
         for utterance in dialog.utterances:
-            assert utterance.candidates and all(type(text) is str for text in utterance.history + utterance.candidates)
+            assert utterance.candidates and all(
+                type(text) is str for text in [*utterance.history, *utterance.candidates]
+            )
 
 
 # Text that every format can hold: ParlAI strips it, and cuts at tabs, bars and line ends.

@@ -28,8 +28,8 @@ import options
 import report
 import train
 from dialogs import read_dataset
-from records import Dialog, Utterance
 from stand_ins import write_programs
+from turns import Dialog, Utterance
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}

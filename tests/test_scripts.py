@@ -11,9 +11,9 @@ from helpers import ROOT, run_python
 
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
 ROOMS = """
-    cli options progress files model_files messengers records configs formats dialogs transcript terminal words utils
-    inputs rows batches template prompts adapters model loading cpu decoding generation conversation metrics report
-    learner processes checkpoints runs card gguf_file
+    cli options progress files smollm2 model_files messengers turns records configs formats dialogs personas
+    transcript terminal words utils inputs rows batches template prompts adapters model loading cpu decoding
+    generation conversation metrics report learner processes checkpoints runs card gguf_file
 """.split()
 SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}

@@ -1,0 +1,116 @@
+"""The persona in a file: sentences, a list in Markdown or YAML, JSON, a dataset, a character card."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cli import UserError, explain_errors, log
+from dialogs import read_bytes
+from files import typed_path
+from formats import decode, is_record, read_content
+from records import NO_JSON, SYNONYMS, Fields, persona_in, persona_of, texts_in
+from turns import PERSONA_LINE, normal
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PERSONA_FILES = "expected a sentence in each line, JSON, a dataset or a character card"
+BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+")
+CARD_KEYS = ("description", "personality", "scenario")
+
+
+def read_persona(name: str, option: str) -> list[str]:
+    """The persona in a file: sentences, JSON, a dataset, or a character card (JSON or PNG).
+
+    Args:
+        option: what named the file, for messages.
+    """
+    try:
+        data = typed_path(name).read_bytes()
+        text = card_in_png(data) if data.startswith(PNG) else data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # the second of base64 too
+        raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
+    source = f"{option} {name}"
+    if text.lstrip()[:1] in ("{", "["):
+        sentences = persona_in_json(text, source, typed_path(name))
+    elif re.match(r"\s*\d+ (your|partner'?s) persona\s*:", text, re.I):
+        sentences = persona_in_dataset(typed_path(name), source)
+    else:
+        sentences = [sentence for line in text.splitlines() for sentence in persona_in_line(line.strip())]
+    sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
+    if not sentences:
+        raise UserError(f"{source} holds no persona; {PERSONA_FILES}")
+    return sentences
+
+
+def persona_in_line(line: str) -> list[str]:
+    """The sentence in a line of text, of a Markdown or YAML list, or of ParlAI; none in a heading or a fence."""
+    if re.match(r"#+ |---|\.\.\.$|```", line):
+        return []
+    line = BULLET.sub("", line, count=1) if BULLET.match(line) else line
+    if found := PERSONA_LINE.fullmatch(line):
+        return [found[2]] if found[1].lower() == "your" else []
+    key, colon, value = line.partition(":")
+    if colon and normal(key) in (*SYNONYMS["persona"], *CARD_KEYS):
+        value = value.strip()
+        if value in ("", "|", ">", "|-", ">-"):
+            return []
+        return re.findall(r"[^\s,\"'][^,\"']*", value[1:-1]) if value[0] + value[-1] == "[]" else [unquoted(value)]
+    if colon and normal(key) == "name" and value.strip():
+        return [f"My name is {unquoted(value.strip())}."]
+    return [unquoted(line)]
+
+
+def unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def persona_in_json(text: str, source: str, path: Path) -> list[str]:
+    with explain_errors(source, PERSONA_FILES, *NO_JSON):
+        try:
+            found = decode(text.encode(), dict[str, Any] | list[Any])
+        except msgspec.DecodeError:
+            if is_record(text.encode().lstrip().partition(b"\n")[0]):  # JSON lines
+                return persona_in_dataset(path, source)
+            raise
+        if isinstance(found, list):
+            nested = any(isinstance(each, list | dict) for each in found)
+            return persona_in_dataset(path, source) if nested else texts_in(found, "$")
+        card = found["data"] if isinstance(found.get("data"), dict) else found
+        if any(isinstance(card.get(key), str) for key in CARD_KEYS):
+            return persona_in_card(card, source)
+        return persona_in(Fields(found)) or persona_in_dataset(path, source)
+
+
+def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
+    """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
+    name = card.get("name") or ""
+    sentences = [f"My name is {name}."] if name else []
+    for key in CARD_KEYS:
+        sentences += persona_of(card.get(key) or "", f"$.{key}")
+    unread = [key for key in ("first_mes", "mes_example", "system_prompt", "character_book") if card.get(key)]
+    if unread:
+        log.info(f"{source}: a character card; not read: {', '.join(unread)}")
+    macros = {"{{char}}": name or "I", "<bot>": name or "I", "{{user}}": "you", "<user>": "you"}
+    pattern = re.compile("|".join(macros), re.I)
+    return [pattern.sub(lambda macro: macros[macro[0].lower()], sentence) for sentence in sentences]
+
+
+def card_in_png(data: bytes) -> str:
+    """The JSON of a character card in a picture: base64 in a text chunk, `ccv3` before `chara`."""
+    for keyword in (b"ccv3", b"chara"):
+        chunk = re.search(b"(.{4})tEXt" + keyword + b"\0", data, re.DOTALL | re.IGNORECASE)
+        if chunk:
+            size = int.from_bytes(chunk[1], "big") - len(keyword) - 1  # the chunk's data, without keyword and 0
+            return base64.b64decode(data[chunk.end() : chunk.end() + size]).decode("utf-8-sig")
+    raise OSError("a picture without a character card")
+
+
+def persona_in_dataset(path: Path, source: str) -> list[str]:
+    """The first persona of a dataset."""
+    personas = [dialog.personality for dialogs in read_content(path, read_bytes(path)).values() for dialog in dialogs]
+    personas = [persona for persona in personas if persona]
+    if len({tuple(persona) for persona in personas}) > 1:
+        log.info(f"{source} is a dataset of {len(personas)} personas: the first one is taken")
+    return personas[0] if personas else []
