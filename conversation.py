@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from cli import log
 from generation import Generation, PrefixCache, Reply
 from inputs import build_prefix, truncate, utterances_shown
 from model import DialogModel
@@ -28,6 +29,14 @@ def token_counts(persona: list[list[int]], history: list[list[int]]) -> dict[str
         "the persona": sum(map(len, persona)),
         "the message": len(message),
     }
+
+
+def distinct(replies: list[Reply], decode: Callable[[list[int]], str]) -> dict[str, Reply]:
+    """Ranked replies by their text, best first; of those with the same text the best."""
+    texts: dict[str, Reply] = {}
+    for reply in replies:
+        texts.setdefault(decode(reply.tokens), reply)
+    return texts
 
 
 class Conversation:
@@ -69,6 +78,12 @@ class Conversation:
     def history(self) -> list[str]:
         """All utterances, oldest first."""
         return [message["content"] for message in self.record()["messages"]]
+
+    def warn_of_truncation(self, known: set[str]) -> None:
+        """Log what of the last prefix did not fit; once of each part, of which `known` were told already."""
+        if not known.issuperset(self.truncated):
+            log.warning(f"warning: {self.truncation}; a shorter persona leaves more room")
+            known.update(self.truncated)
 
     def record(self) -> dict:
         """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
@@ -139,9 +154,7 @@ class Conversation:
             shown = start
             if stopped():
                 break
-        candidates: dict[str, Reply] = {}
-        for candidate in generation.finish()[0]:
-            candidates.setdefault(self.tokenizer.decode(candidate.tokens), candidate)
+        candidates = distinct(generation.finish()[0], self.tokenizer.decode)
         reply, best = next(iter(candidates.items()))
         if reply or not stopped():
             self.turns.append(Turn(text, reply, [message, best.tokens], list(candidates.items())))

@@ -161,13 +161,6 @@ def completions(before: list[str], word: str) -> list[str]:
     return [choice + " " for choice in choices.get(tuple(before), ()) if choice.startswith(word)]
 
 
-def warn_of_truncation(chat, known: set[str]) -> None:
-    """Say what of the chat the model did not see; once of each part, of which `known` are said already."""
-    if not known.issuperset(chat.truncated):
-        log.warning(f"warning: {chat.truncation}; a shorter persona leaves more room")
-        known.update(chat.truncated)
-
-
 class TerminalChat:
     """A chat with a person at a terminal: lines that begin with / are commands, methods named do_... here."""
 
@@ -212,7 +205,7 @@ class TerminalChat:
             self.pace = print_stream(self.chat.stream(text, stopped), f"...{several}")
         if len(self.chat.turns) == turns:
             notice("(stopped before the first word; the message is forgotten)")
-        warn_of_truncation(self.chat, self.truncated)
+        self.chat.warn_of_truncation(self.truncated)
         if self.transcript and len(self.chat.turns) > turns:
             self.transcript.add(self.chat)
 
@@ -339,7 +332,7 @@ def answer_lines(chat, transcript: Transcript | None) -> None:
             print(flush=True)
             continue
         print(chat.reply(check_message(line)).replace("\n", " "), flush=True)
-        warn_of_truncation(chat, truncated)
+        chat.warn_of_truncation(truncated)
         if transcript:
             transcript.add(chat)
 

@@ -112,8 +112,8 @@ class Page:
 
 def bubble(step: Progress) -> dict:
     """The reply as the chat shows it."""
-    (text,), (finished,) = step.texts, step.finished
-    if finished:
+    ((text, finish_reason),) = step.choices
+    if finish_reason:
         return {"role": "assistant", "content": shown(text), "options": alternatives(step.candidates)}
     return {"role": "assistant", "content": shown(text), "metadata": WRITTEN} if text else AWAITED
 
