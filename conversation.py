@@ -21,13 +21,14 @@ class Turn:
     candidates: list[tuple[str, Reply]] = field(default_factory=list)  # distinct replies, best first, the given one too
 
 
-def token_counts(persona: list[list[int]], history: list[list[int]]) -> dict[str, int]:
+def token_counts(persona: list[list[int]], history: list[list[int]], begun: list[int]) -> dict[str, int]:
     """Tokens of each part of a prefix, in the order in which they are truncated."""
     *earlier, message = history or [[]]
     return {
         "the earlier messages": sum(map(len, earlier)),
         "the persona": sum(map(len, persona)),
         "the message": len(message),
+        "the beginning of the reply": len(begun),
     }
 
 
@@ -126,13 +127,12 @@ class Conversation:
         # At most half of what the model takes: the rest is for what is replied to.
         longest = min(self.decoding.max_length, self.model.limit // 2)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
-        asked = history[-self.n_history :]
-        whole = token_counts(persona, asked) | {"the beginning of the reply": len(begun)}
+        whole = token_counts(persona, history[-self.n_history :], begun)
         begun = begun[-self.model.limit // 4 :]
         size = len(begun) + longest
         history = self.recent(history, self.model.limit - 3 - sum(map(len, persona)) - size)
         persona, history, size = truncate(persona, history, size, self.model.limit)
-        fitting = token_counts(persona, history) | {"the beginning of the reply": len(begun)}
+        fitting = token_counts(persona, history, begun)
         self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
         tokens, types = build_prefix(persona, history, self.model.ids)
         prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)

@@ -24,8 +24,10 @@ from dialogs import MAX_MESSAGE, Dialogs, check_message
 from formats import decode
 from generation import Generation, PrefixCache, Reply
 from inputs import utterances_shown
+from model import DialogModel
 from options import LARGEST, Decoding, Settings, option
 from records import NO_JSON, PART_OF, split_sentences
+from utils import DialogTokenizer
 
 MAX_CHOICES = 16
 MAX_STOPS = 64
@@ -207,14 +209,13 @@ class Worker:
     """Computes replies in a thread of its own: those that wait and are drawn alike together, as rows of one batch.
 
     Args:
-        max_history: exchanges that the model sees.
-        seed: of the replies whose `Ask` names none.
         max_queue: replies that may wait.
     """
 
-    def __init__(self, model, tokenizer, max_history: int, seed: int, max_queue: int):
-        self.model, self.tokenizer, self.max_history = model, tokenizer, max_history
-        self.seeds, self.max_queue = itertools.count(seed), max_queue
+    def __init__(self, model: DialogModel, tokenizer: DialogTokenizer, bot: Bot, max_queue: int):
+        self.model, self.tokenizer, self.bot = model, tokenizer, bot
+        self.max_queue = max_queue
+        self.seeds = itertools.count(bot.seed)  # of the replies whose `Ask` names none
         self.prefix_cache = PrefixCache(KEPT_PREFIXES)
         self.waiting: list[Job] = []
         self.changed = threading.Condition()
@@ -304,7 +305,7 @@ class Worker:
     def _writing(self, job: Job) -> Writing:
         ask = job.ask
         seed = (next(self.seeds) if ask.seed is None else ask.seed) % 2**63
-        settings = ask.decoding, self.max_history, seed, self.prefix_cache
+        settings = ask.decoding, self.bot.max_history, seed, self.prefix_cache
         writing = Writing(job, Conversation(self.model, self.tokenizer, ask.persona, *settings))
         writing.chat.warn_of_truncation(self.truncated)
         return writing

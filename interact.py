@@ -146,19 +146,20 @@ def is_command(line: str) -> bool:
 
 def completions(before: list[str], word: str) -> list[str]:
     """What the last word of a command may become, after the words before it."""
-    if before in (["/save"], ["/load"], ["/persona", "set"]):
-        paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
-        return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
-    of_option = {
-        ("/set", name): ("on", "off") if kind_of(known) is bool else known.metadata["choices"]
-        for name, known in Decoding.options().items()
-    }
-    choices = of_option | {
-        (): NAMES if word.startswith("/") else [],
-        ("/persona",): ["add", "set", "random"],
-        ("/set",): list(Decoding.options()),
-    }
-    return [choice + " " for choice in choices.get(tuple(before), ()) if choice.startswith(word)]
+    options, choices = Decoding.options(), []
+    match before:
+        case [] if word:
+            choices = NAMES
+        case ["/persona"]:
+            choices = ["add", "set", "random"]
+        case ["/set"]:
+            choices = options
+        case ["/set", name] if name in options:
+            choices = ["on", "off"] if kind_of(options[name]) is bool else options[name].metadata["choices"]
+        case ["/save"] | ["/load"] | ["/persona", "set"]:
+            paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
+            return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
+    return [choice + " " for choice in choices if choice.startswith(word)]
 
 
 class TerminalChat:
@@ -273,9 +274,10 @@ class TerminalChat:
     def take_candidate(self, number: str) -> None:
         """Put an alternative, by its number in the list, in the place of the last reply."""
         turn = self.chat.turns[-1]
-        if not number.isdecimal() or not 1 <= int(number[:9]) <= len(turn.candidates):
-            raise UserError(f"expected a number from 1 to {len(turn.candidates)}, found '{number}'")
-        turn.reply, reply = turn.candidates[int(number) - 1]
+        numbered = {str(place): candidate for place, candidate in enumerate(turn.candidates, 1)}
+        if number not in numbered:
+            raise UserError(f"expected a number from 1 to {len(numbered)}, found '{number}'")
+        turn.reply, reply = numbered[number]
         turn.ids = [*turn.ids[:-1], reply.tokens]
         if self.transcript:
             self.transcript.take_back()
@@ -284,10 +286,9 @@ class TerminalChat:
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
-        options = asdict(self.chat.decoding)
-        if name and (value or name not in options):
+        if name and (value or name not in Decoding.options()):
             self.chat.decoding = self.chat.decoding.changed(name, value.strip())
-            options = asdict(self.chat.decoding)
+        options = asdict(self.chat.decoding)
         for shown in [name] if name else options:
             value = options[shown]
             print(f"{shown} {('off', 'on')[value] if isinstance(value, bool) else value}")

@@ -128,21 +128,10 @@ def notice(text: str) -> None:
     print(coloured("\n".join(wrapped(printable(text))), GREY))
 
 
-class Status:
-    """A line that says what is being waited for, until there is something else to show."""
-
-    def __init__(self):
-        self.shown = False
-
-    def show(self, text: str) -> None:
-        if obeys_escapes():
-            self.shown = True
-            print("\r\x1b[K" + coloured(text[: columns()], GREY), end="", flush=True)
-
-    def clear(self) -> None:
-        if self.shown:
-            self.shown = False
-            print("\r\x1b[K", end="", flush=True)
+def show_status(text: str) -> None:
+    """Show what is being waited for, in the place of what this line holds; "" leaves it empty."""
+    if obeys_escapes():
+        print("\r\x1b[K" + coloured(text[: columns()], GREY), end="", flush=True)
 
 
 @dataclass
@@ -170,18 +159,20 @@ def print_stream(pieces: Iterator[str], waiting: str) -> Pace:
     Args:
         waiting: what is shown until the first word, where {} is how many tokens are drawn.
     """
-    pace, status, wrapper = Pace(), Status(), Wrapper()
+    pace, wrapper = Pace(), Wrapper()
+    begun = False  # a word stands in the place of what was waited for
+    show_status(waiting.format(0))
     try:
-        status.show(waiting.format(0))
         for piece in pieces:
             pace.count()
-            if lines := wrapper.feed(piece):
-                status.clear()
-                print(lines, end="", flush=True)
-            elif wrapper.column == 0:
-                status.show(waiting.format(pace.tokens))
+            lines = wrapper.feed(piece)
+            if not begun:
+                begun = bool(lines)
+                show_status("" if begun else waiting.format(pace.tokens))
+            print(lines, end="", flush=True)
     finally:
-        status.clear()
+        if not begun:
+            show_status("")
     print(wrapper.finish())
     pace.tokens -= 1
     return pace
@@ -203,21 +194,23 @@ class History:
     """
 
     def __init__(self, path: Path):
-        self.path = path if path.is_absolute() else None  # ~ of a user without a home stays ~
+        # A user without a home has a ~ in the path. To open a pipe would wait for its other side.
+        usable = path.is_absolute() and (os.path.isfile(path) or not os.path.lexists(path))
+        self.path = path if usable else Path(os.devnull)
 
     def read(self) -> list[str]:
         """The last messages, oldest first. Lines that are damaged are left out."""
         messages = []
         with contextlib.suppress(OSError):
-            if self.path is None or not self.path.is_file():  # to open a pipe would wait for its other side
-                return []
             with open(self.path, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - MAX_HISTORY_SIZE, 0))
-                for line in file.read().splitlines()[-MAX_HISTORY:]:
-                    with contextlib.suppress(ValueError, RecursionError):
-                        message = json.loads(line)
-                        messages += [message] * isinstance(message, str)
+                lines = file.read().splitlines()[-MAX_HISTORY:]
+            for line in lines:
+                with contextlib.suppress(ValueError, RecursionError):
+                    message = json.loads(line)
+                    if isinstance(message, str):
+                        messages.append(message)
             if size > MAX_HISTORY_SIZE:
                 os.truncate(self.path, 0)
                 self.append(*messages)
@@ -225,8 +218,6 @@ class History:
 
     def append(self, *messages: str) -> None:
         with contextlib.suppress(OSError):
-            if self.path is None or (self.path.exists() and not self.path.is_file()):
-                return
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
                 file.writelines(json.dumps(message) + "\n" for message in messages)
@@ -297,14 +288,15 @@ class Prompt:
         """The next message or command; "" for an empty line. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
         try:
             first = self._line(PROMPT)
-            text = self._quoted(first) if first.lstrip().startswith(QUOTES) else self._pasted(first)
+            quoted = first.lstrip().startswith(QUOTES)
+            text = self._quoted(first) if quoted else self._pasted(first)
         except KeyboardInterrupt:
             self.lines = []
             raise
         if text:
             self.remember(text)
         # What was quoted is text, also where it looks like a command.
-        return "/" + text if first.lstrip().startswith(QUOTES) and text.startswith("/") else text
+        return "/" + text if quoted and text.startswith("/") else text
 
     def _line(self, prompt: str) -> str:
         if not self.lines:
@@ -373,12 +365,11 @@ def keys_not_shown() -> Iterator[None]:
         yield
         return
     import termios
+    import tty
 
     before = termios.tcgetattr(sys.stdin)
-    quiet = list(before)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)  # 3: the local modes
     try:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        tty.setcbreak(sys.stdin, termios.TCSADRAIN)
         yield
     finally:
         with contextlib.suppress(termios.error):  # a terminal that was closed meanwhile

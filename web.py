@@ -167,8 +167,9 @@ async def whole_completion(job: Job, model: str, request: Request) -> Response:
     return JSONResponse(answer.result())
 
 
-def endpoint(worker: Worker, bot: Bot) -> Starlette:
+def endpoint(worker: Worker) -> Starlette:
     """What is under /v1, as OpenAI's clients expect it."""
+    bot = worker.bot
     model = {"id": bot.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     async def complete(request: Request) -> Response:
@@ -193,9 +194,7 @@ def endpoint(worker: Worker, bot: Bot) -> Starlette:
         Route("/models", list_models),
         Route("/models/{name:path}", show_model),
     ]
-    return Starlette(
-        routes=routes, exception_handlers=dict.fromkeys((UserError, Unavailable, HTTPException), refuse)
-    )
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys((UserError, Unavailable, HTTPException), refuse))
 
 
 async def health(_: Request) -> Response:
@@ -229,13 +228,13 @@ def serve(model, tokenizer, bot: Bot, web) -> None:
     """Serve page and endpoint until a signal. web: interact.py's options of that name."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-    worker = Worker(model, tokenizer, bot.max_history, bot.seed, web.max_queue)
+    worker = Worker(model, tokenizer, bot, web.max_queue)
     api_key = web.api_key or os.environ.get("IMPROVEDFLEND_API_KEY", "")
     hosts = {name.lower() for name in ("localhost", socket.gethostname(), web.host, *(web.allow_host or []))}
-    routes = [Mount("/v1", endpoint(worker, bot)), Route("/health", health)]
+    routes = [Mount("/v1", endpoint(worker)), Route("/health", health)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for nobody else to read, and gone with the server
-        blocks = chat_page(worker, bot).queue(max_size=None, default_concurrency_limit=None)
+        blocks = chat_page(worker).queue(max_size=None, default_concurrency_limit=None)
         with listening(web):
             _, url, shared = blocks.launch(
                 server_name=web.host,

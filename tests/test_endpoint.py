@@ -24,7 +24,7 @@ def asked(*messages: dict, **fields) -> Ask:
 
 @pytest.fixture
 def worker(dialog_model, load):
-    worker = Worker(*load(dialog_model("gpt2")), max_history=1, seed=1, max_queue=20)
+    worker = Worker(*load(dialog_model("gpt2")), BOT, max_queue=20)
     yield worker
     worker.close()
 
