@@ -124,19 +124,21 @@ class Conversation:
     def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
         """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
         history = [ids for turn in self.turns for ids in turn.ids] + [message]
+        limit = self.model.limit
         # At most half of what the model takes: the rest is for what is replied to.
-        longest = min(self.decoding.max_length, self.model.limit // 2)
+        longest = min(self.decoding.max_length, limit // 2)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
         whole = token_counts(persona, history[-self.n_history :], begun)
-        begun = begun[-self.model.limit // 4 :]
-        size = len(begun) + longest
-        history = self.recent(history, self.model.limit - 3 - sum(map(len, persona)) - size)
-        persona, history, size = truncate(persona, history, size, self.model.limit)
-        fitting = token_counts(persona, history, begun)
-        self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
+        begun = begun[-limit // 4 :]
+        room = len(begun) + longest  # for the reply
+        taken = sum(map(len, persona)) + room + 3  # <bos>, the reply's speaker, <eos>
+        persona, history, room = truncate(persona, self.recent(history, limit - taken), room, limit)
+        shown = token_counts(persona, history, begun)
+        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if shown[name] < size}
         tokens, types = build_prefix(persona, history, self.model.ids)
-        prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)
-        decoding = replace(self.decoding, max_length=max(size - len(begun), 1))
+        types += [self.model.ids.speaker1] * len(begun)
+        prefix = [*tokens, *begun], types
+        decoding = replace(self.decoding, max_length=max(room - len(begun), 1))
         return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:

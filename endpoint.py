@@ -104,7 +104,7 @@ class Job:
 
     def __init__(self, ask: Ask):
         self.ask = ask
-        self.over = False  # nothing more is to be put: the end was, or nobody waits for it
+        self.over = False  # nothing more is put: the last step was, or nobody waits for it
         self.ended = False  # the last step was taken
         self.steps: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
@@ -172,20 +172,22 @@ class Writing:
             return
         choices = [self.choice(reply, self.chat.tokenizer.decode_start) for reply in replies]
         self.done = all(choice.finish_reason for choice in choices)
-        if self.ranked:
+        if self.ranked:  # the end is told when all are drawn and scored
             return
         if self.done:
             self.tell_end(replies)
         else:
-            self.job.put(Progress([Choice(certain(choice.text, self.ask.stop), None) for choice in choices]))
+            shown = [certain(choice.text, self.ask.stop) for choice in choices]
+            self.job.put(Progress([Choice(text, None) for text in shown]))
 
     def tell_end(self, replies: list[Reply]) -> None:
         """Say the first `n` replies, which are whole. replies: all that were drawn, ranked where there are more."""
         decode, given = self.chat.tokenizer.decode, replies[: self.ask.n]
         choices = [self.choice(reply, decode) for reply in given]
         candidates = distinct(replies, decode) if self.ranked else {}
-        prompt, completion = len(self.generation.prefixes[0][0]), sum(len(reply.tokens) for reply in given)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        ((prompt, _),) = self.generation.prefixes
+        drawn = sum(len(reply.tokens) for reply in given)
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": drawn, "total_tokens": len(prompt) + drawn}
         self.job.put(Progress(choices, usage, candidates, self.chat.truncation))
 
 
@@ -446,17 +448,16 @@ def asked_stops(stop: str | list[str]) -> tuple[str, ...]:
 
 def asked_decoding(request: ChatRequest, decoding: Decoding) -> Decoding:
     """How a request wants replies to be drawn. Raises UserError."""
-    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
-        limit = min(limit, LARGEST) if limit > 0 else LARGEST
-    changes = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    changes |= {"max_length": limit, "n_replies": max(request.n, decoding.n_replies)}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    changes = {name: value for name in names if (value := getattr(request, name)) is not None}
     for name in changes.keys() & {"temperature", "top_p"}:  # 0 is the likeliest token; the options have no such value
         changes[name] = max(changes[name], 1e-6)
     if "temperature" in changes:
         changes["no_sample"] = False
-    return replace(decoding, **changes)
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
+        changes["max_length"] = min(limit, LARGEST) if limit > 0 else LARGEST
+    return replace(decoding, n_replies=max(request.n, decoding.n_replies), **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------

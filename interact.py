@@ -200,14 +200,17 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        turns, n, longest = len(self.chat.turns), self.chat.decoding.n_replies, self.chat.decoding.max_length
-        several = f" {n} replies, of which the best is given: {{}} of at most {longest} tokens" if n > 1 else ""
+        n_turns, decoding = len(self.chat.turns), self.chat.decoding
+        waiting = "..."
+        if decoding.n_replies > 1:
+            waiting += f" {decoding.n_replies} replies, of which the best is given: "
+            waiting += f"{{}} of at most {decoding.max_length} tokens"
         with interrupts() as stopped:
-            self.pace = print_stream(self.chat.stream(text, stopped), f"...{several}")
-        if len(self.chat.turns) == turns:
+            self.pace = print_stream(self.chat.stream(text, stopped), waiting)
+        if len(self.chat.turns) == n_turns:
             notice("(stopped before the first word; the message is forgotten)")
         self.chat.warn_of_truncation(self.truncated)
-        if self.transcript and len(self.chat.turns) > turns:
+        if self.transcript and len(self.chat.turns) > n_turns:
             self.transcript.add(self.chat)
 
     def show_persona(self) -> None:

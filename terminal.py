@@ -117,10 +117,11 @@ def box(title: str, lines: list[str]) -> str:
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     top, side, bottom, dash = "╭│╰─" if unicode else "+|+-"
     texts = [part for line in lines for part in wrapped(printable(line), width - 2)]
-    edge = max(map(text_width, [title + "    ", *(f"{side} {text}" for text in texts)]))
+    edge = 2 + max(map(text_width, [title + "  ", *texts]))
+    head = coloured(f"{top}{dash} {title} ".ljust(edge, dash), GREY)
     body = [f"{coloured(side, GREY)} {text}" for text in texts]
-    head, foot = f"{top}{dash} {title} ".ljust(edge, dash), bottom + dash * (edge - 1)
-    return "\n".join([coloured(head, GREY), *body, coloured(foot, GREY)])
+    foot = coloured(bottom.ljust(edge, dash), GREY)
+    return "\n".join([head, *body, foot])
 
 
 def notice(text: str) -> None:
@@ -279,10 +280,10 @@ class Prompt:
     def __init__(self, is_command: Callable[[str], bool], complete_line: Callable[[list[str], str], list[str]]):
         self.is_command = is_command
         self.terminal = sys.stdin.isatty()
-        self.remember = lambda message: None
+        self.lines: list[str] = []  # pasted, and not taken yet
+        self.remember: Callable[[str], None] = lambda message: None
         if self.terminal:
             self.remember = set_up_readline(History(state_folder() / "chat_history"), complete_line)
-        self.lines: list[str] = []  # pasted, and not taken yet
 
     def message(self) -> str:
         """The next message or command; "" for an empty line. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""

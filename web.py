@@ -129,16 +129,15 @@ async def read_body(request: Request) -> bytes:
 
     One that is too large is read to its end, and not kept: a client that still sends would not see the answer.
     """
-    body, size = bytearray(), 0
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                size += len(part)
-                body += part if size <= MAX_BODY else b""
+                body += part[: MAX_BODY + 1 - len(body)]
     except TimeoutError:
         raise HTTPException(408, f"the request took longer than {BODY_SECONDS} seconds to arrive") from None
-    if size > MAX_BODY:
-        raise HTTPException(413, f"the request has {size} bytes; expected at most {MAX_BODY}, so send fewer messages")
+    if len(body) > MAX_BODY:
+        raise HTTPException(413, f"the request has more than {MAX_BODY} bytes; send fewer messages")
     return bytes(body)
 
 
