@@ -200,13 +200,11 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        n_turns, decoding = len(self.chat.turns), self.chat.decoding
-        waiting = "..."
-        if decoding.n_replies > 1:
-            waiting += f" {decoding.n_replies} replies, of which the best is given: "
-            waiting += f"{{}} of at most {decoding.max_length} tokens"
+        n_turns = len(self.chat.turns)
+        n, longest = self.chat.decoding.n_replies, self.chat.decoding.max_length
+        several = f"... {n} replies, of which the best is given: {{}} of at most {longest} tokens"
         with interrupts() as stopped:
-            self.pace = print_stream(self.chat.stream(text, stopped), waiting)
+            self.pace = print_stream(self.chat.stream(text, stopped), several if n > 1 else "...")
         if len(self.chat.turns) == n_turns:
             notice("(stopped before the first word; the message is forgotten)")
         self.chat.warn_of_truncation(self.truncated)

@@ -37,8 +37,8 @@ MAX_BODY = 1_000_000  # bytes of a request
 BODY_SECONDS = 30  # that a request may take to arrive
 
 
-def refusal(error: Exception) -> JSONResponse:
-    """The answer to a request that failed, in OpenAI's form. error: a UserError, Unavailable or HTTPException."""
+async def refuse(_: Request, error: UserError | Unavailable | HTTPException) -> JSONResponse:
+    """The answer to a request that failed, in OpenAI's form."""
     headers = None
     match error:
         case Unavailable():
@@ -50,10 +50,6 @@ def refusal(error: Exception) -> JSONResponse:
         case _:
             status, message = 400, str(error)
     return JSONResponse(error_answer(status, message), status, headers)
-
-
-async def refuse(_: Request, error: Exception) -> JSONResponse:
-    return refusal(error)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -85,7 +81,8 @@ class Guard:
             if request.method == "POST":
                 receive = replay(await read_body(request), receive)
         except HTTPException as error:
-            return await refusal(error)(scope, receive, send)
+            response = await refuse(request, error)
+            return await response(scope, receive, send)
         except ClientDisconnect:
             return None
         return await self.app(scope, receive, send)
