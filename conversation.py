@@ -68,6 +68,7 @@ class Conversation:
         self.generator = torch.Generator().manual_seed(seed)
         self.prefix_cache = prefix_cache or PrefixCache()
         self.truncated: dict[str, tuple[int, int]] = {}  # what of the last prefix did not fit: tokens left out, of all
+        self.warned: set[str] = set()  # parts of a prefix that a warning was logged of; conversations may share it
 
     @property
     def truncation(self) -> str:
@@ -80,11 +81,11 @@ class Conversation:
         """All utterances, oldest first."""
         return [message["content"] for message in self.record()["messages"]]
 
-    def warn_of_truncation(self, known: set[str]) -> None:
-        """Log what of the last prefix did not fit; once of each part, of which `known` were told already."""
-        if not known.issuperset(self.truncated):
+    def warn_of_truncation(self) -> None:
+        """Log what of the last prefix did not fit, once of each of its parts."""
+        if not self.warned.issuperset(self.truncated):
             log.warning(f"warning: {self.truncation}; a shorter persona leaves more room")
-            known.update(self.truncated)
+            self.warned.update(self.truncated)
 
     def record(self) -> dict:
         """Persona and messages, as a dialog to train on (`dialogs.Record`)."""

@@ -221,7 +221,7 @@ class Worker:
         self.prefix_cache = PrefixCache(KEPT_PREFIXES)
         self.waiting: list[Job] = []
         self.changed = threading.Condition()
-        self.truncated: set[str] = set()  # the parts of requests that a warning was logged of
+        self.warned: set[str] = set()  # of what was truncated: see `Conversation`
         self.closed = False
         self.seconds = 1.0  # that the last batch took
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -308,8 +308,10 @@ class Worker:
         ask = job.ask
         seed = (next(self.seeds) if ask.seed is None else ask.seed) % 2**63
         settings = ask.decoding, self.bot.max_history, seed, self.prefix_cache
-        writing = Writing(job, Conversation(self.model, self.tokenizer, ask.persona, *settings))
-        writing.chat.warn_of_truncation(self.truncated)
+        chat = Conversation(self.model, self.tokenizer, ask.persona, *settings)
+        chat.warned = self.warned
+        writing = Writing(job, chat)
+        chat.warn_of_truncation()
         return writing
 
 

@@ -168,7 +168,6 @@ class TerminalChat:
     def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
         self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
         self.saved: dict[str, SavedChat] = {}  # files that hold this chat
-        self.truncated: set[str] = set()  # what the user was told of
         self.pace: Pace | None = None  # of the last reply
 
     def run(self) -> None:
@@ -207,7 +206,7 @@ class TerminalChat:
             self.pace = print_stream(self.chat.stream(text, stopped), several if n > 1 else "...")
         if len(self.chat.turns) == n_turns:
             notice("(stopped before the first word; the message is forgotten)")
-        self.chat.warn_of_truncation(self.truncated)
+        self.chat.warn_of_truncation()
         if self.transcript and len(self.chat.turns) > n_turns:
             self.transcript.add(self.chat)
 
@@ -328,13 +327,12 @@ class TerminalChat:
 def answer_lines(chat, transcript: Transcript | None) -> None:
     """A line per turn in, a line per reply out: every line is text, and an empty one has an empty reply."""
     log.info("Persona: " + " ".join(map(printable, chat.persona)))
-    truncated: set[str] = set()
     for line in piped_lines():
         if not line:
             print(flush=True)
             continue
         print(chat.reply(check_message(line)).replace("\n", " "), flush=True)
-        chat.warn_of_truncation(truncated)
+        chat.warn_of_truncation()
         if transcript:
             transcript.add(chat)
 

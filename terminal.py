@@ -314,27 +314,23 @@ class Prompt:
         return bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
 
     def _pasted(self, first: str) -> str:
+        """A line and those that were pasted with it, up to a command, which waits for the next call, or to Ctrl-D."""
         lines = [first]
-        while not self.is_command(first) and self._follows():
-            try:
-                line = self._line(MORE)
-            except EOFError:
-                break
-            if self.is_command(line):
-                self.lines.insert(0, line)
-                break
-            lines.append(line)
+        with contextlib.suppress(EOFError):
+            while not self.is_command(lines[-1]) and self._follows():
+                lines.append(self._line(MORE))
+        if len(lines) > 1 and self.is_command(lines[-1]):
+            self.lines.insert(0, lines.pop())
         return "\n".join(lines).strip()
 
     def _quoted(self, first: str) -> str:
         """The lines up to closing quotes, or to Ctrl-D."""
         text = first.lstrip().removeprefix(QUOTES)
-        while not text.rstrip().endswith(QUOTES):
-            try:
+        try:
+            while not text.rstrip().endswith(QUOTES):
                 text += "\n" + self._line(MORE)
-            except EOFError:
-                print()
-                break
+        except EOFError:
+            print()
         return text.rstrip().removesuffix(QUOTES).strip()
 
 
