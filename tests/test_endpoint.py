@@ -65,6 +65,12 @@ def text_of(answer: dict) -> str:
         ([{"role": "system", "content": "I am Dr. No. I swim."}, HELLO], ["I am Dr. No.", "I swim."], ["hello"], ""),
         ([HELLO, {"role": "system", "content": "i swim ."}], ["i swim ."], ["hello"], ""),
         ([{"role": "developer", "content": ""}, HELLO], [], ["hello"], ""),
+        (
+            [{"role": "human", "content": "a"}, {"role": "ai", "content": "b"}, HELLO],
+            BOT.persona,
+            ["a", "b", "hello"],
+            "",
+        ),
         ([HELLO, {"role": "assistant", "content": "well ,"}], BOT.persona, ["hello"], "well ,"),
         ([HELLO, CALL, {"role": "tool", "content": "7"}, HELLO], BOT.persona, ["hello hello"], ""),
         ([HELLO, {"role": "function", "content": "7"}, {"role": "assistant"}], BOT.persona, ["hello"], ""),
@@ -198,6 +204,15 @@ def test_replies_that_overlap_are_computed_together(worker, monkeypatch):
     assert max(sizes) >= 5 and sum(sizes) == 13
     for one, other in zip(alone, together, strict=False):
         assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
+
+
+def test_a_batch_of_beam_searches_is_as_small_as_its_rows_ask_for(worker, monkeypatch):
+    sizes = []
+    joined = endpoint.joined
+    monkeypatch.setattr(endpoint, "joined", lambda parts: sizes.append(len(parts)) or joined(parts))
+    ask = replace(asked(), decoding=Decoding(num_beams=endpoint.MAX_ROWS // 2, max_length=2))
+    answers(worker, *[ask] * 5)
+    assert sum(sizes) == 5 and max(sizes) <= 2
 
 
 def test_the_best_of_several(worker):
