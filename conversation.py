@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from cli import log
 from generation import Generation, PrefixCache, Reply
 from inputs import build_prefix, truncate, utterances_shown
 from model import DialogModel
@@ -20,14 +21,23 @@ class Turn:
     candidates: list[tuple[str, Reply]] = field(default_factory=list)  # distinct replies, best first, the given one too
 
 
-def token_counts(persona: list[list[int]], history: list[list[int]]) -> dict[str, int]:
+def token_counts(persona: list[list[int]], history: list[list[int]], begun: list[int]) -> dict[str, int]:
     """Tokens of each part of a prefix, in the order in which they are truncated."""
     *earlier, message = history or [[]]
     return {
         "the earlier messages": sum(map(len, earlier)),
         "the persona": sum(map(len, persona)),
         "the message": len(message),
+        "the beginning of the reply": len(begun),
     }
+
+
+def distinct(replies: list[Reply], decode: Callable[[list[int]], str]) -> dict[str, Reply]:
+    """Ranked replies by their text, best first; of those with the same text the best."""
+    texts: dict[str, Reply] = {}
+    for reply in replies:
+        texts.setdefault(decode(reply.tokens), reply)
+    return texts
 
 
 class Conversation:
@@ -58,6 +68,7 @@ class Conversation:
         self.generator = torch.Generator().manual_seed(seed)
         self.prefix_cache = prefix_cache or PrefixCache()
         self.truncated: dict[str, tuple[int, int]] = {}  # what of the last prefix did not fit: tokens left out, of all
+        self.warned: set[str] = set()  # parts of a prefix that a warning was logged of; conversations may share it
 
     @property
     def truncation(self) -> str:
@@ -69,6 +80,12 @@ class Conversation:
     def history(self) -> list[str]:
         """All utterances, oldest first."""
         return [message["content"] for message in self.record()["messages"]]
+
+    def warn_of_truncation(self) -> None:
+        """Log what of the last prefix did not fit, once of each of its parts."""
+        if not self.warned.issuperset(self.truncated):
+            log.warning(f"warning: {self.truncation}; a shorter persona leaves more room")
+            self.warned.update(self.truncated)
 
     def record(self) -> dict:
         """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
@@ -108,20 +125,21 @@ class Conversation:
     def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
         """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
         history = [ids for turn in self.turns for ids in turn.ids] + [message]
+        limit = self.model.limit
         # At most half of what the model takes: the rest is for what is replied to.
-        longest = min(self.decoding.max_length, self.model.limit // 2)
+        longest = min(self.decoding.max_length, limit // 2)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
-        asked = history[-self.n_history :]
-        whole = token_counts(persona, asked) | {"the beginning of the reply": len(begun)}
-        begun = begun[-self.model.limit // 4 :]
-        size = len(begun) + longest
-        history = self.recent(history, self.model.limit - 3 - sum(map(len, persona)) - size)
-        persona, history, size = truncate(persona, history, size, self.model.limit)
-        fitting = token_counts(persona, history) | {"the beginning of the reply": len(begun)}
-        self.truncated = {name: (size - fitting[name], size) for name, size in whole.items() if fitting[name] < size}
+        whole = token_counts(persona, history[-self.n_history :], begun)
+        begun = begun[-limit // 4 :]
+        room = len(begun) + longest  # for the reply
+        taken = sum(map(len, persona)) + room + 3  # <bos>, the reply's speaker, <eos>
+        persona, history, room = truncate(persona, self.recent(history, limit - taken), room, limit)
+        shown = token_counts(persona, history, begun)
+        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if shown[name] < size}
         tokens, types = build_prefix(persona, history, self.model.ids)
-        prefix = [*tokens, *begun], types + [self.model.ids.speaker1] * len(begun)
-        decoding = replace(self.decoding, max_length=max(size - len(begun), 1))
+        types += [self.model.ids.speaker1] * len(begun)
+        prefix = [*tokens, *begun], types
+        decoding = replace(self.decoding, max_length=max(room - len(begun), 1))
         return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -139,9 +157,7 @@ class Conversation:
             shown = start
             if stopped():
                 break
-        candidates: dict[str, Reply] = {}
-        for candidate in generation.finish()[0]:
-            candidates.setdefault(self.tokenizer.decode(candidate.tokens), candidate)
+        candidates = distinct(generation.finish()[0], self.tokenizer.decode)
         reply, best = next(iter(candidates.items()))
         if reply or not stopped():
             self.turns.append(Turn(text, reply, [message, best.tokens], list(candidates.items())))

@@ -14,18 +14,21 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import msgspec
 
-from cli import UserError, first_line, log
-from conversation import Conversation
+from cli import UserError, explain_errors, first_line, log
+from conversation import Conversation, distinct
 from dialogs import MAX_MESSAGE, Dialogs, check_message
 from formats import decode
 from generation import Generation, PrefixCache, Reply
 from inputs import utterances_shown
-from options import LARGEST, Decoding
+from model import DialogModel
+from options import LARGEST, Decoding, Settings, option
 from records import NO_JSON
-from turns import joined_turns, split_sentences
+from turns import ROLE_OF, SIDES, joined_turns, split_sentences
+from utils import DialogTokenizer
 
 MAX_CHOICES = 16
 MAX_STOPS = 64
@@ -77,54 +80,61 @@ class Ask:
     stop: tuple[str, ...] = ()  # a reply ends before the first of these texts
 
 
+class Choice(NamedTuple):
+    """A reply as far as it can be shown."""
+
+    text: str
+    finish_reason: str | None  # OpenAI's: "stop" or "length"; None while the reply is written
+
+
 @dataclass
 class Progress:
     """How far the wanted replies are."""
 
-    texts: list[str]
-    finished: list[str | None]  # OpenAI's finish reason of each: None while it is written, "stop" or "length"
+    choices: list[Choice]
+    usage: dict[str, int] = field(default_factory=dict)  # in the last step, and only there: numbers of tokens
     candidates: dict[str, Reply] = field(default_factory=dict)  # at the end: what the best was chosen from, best first
-    usage: dict[str, int] = field(default_factory=dict)  # at the end: numbers of tokens
     warning: str = ""  # at the end: what of the request the model did not see
 
 
 class Job:
-    """A reply that is waited for: an async iterator of its `Progress`. Leaving its context gives the reply up."""
+    """A reply that is waited for: an async iterator of its `Progress`. Leaving its context gives the reply up.
+
+    Two threads meet here: the worker's puts steps, the event loop's takes them.
+    """
 
     def __init__(self, ask: Ask):
-        self.ask, self.over = ask, False
-        self.steps: asyncio.Queue = asyncio.Queue()
+        self.ask = ask
+        self.over = False  # nothing more is put: the last step was, or nobody waits for it
+        self.ended = False  # the last step was taken
+        self.steps: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
     def put(self, step: Progress | Exception) -> None:
-        """Hand a step to the waiting side's event loop, from the worker thread. An exception is raised there."""
+        """Hand over a step, unless the job is over. An exception ends it, and is raised where it is taken."""
+        if self.over:
+            return
+        self.over = isinstance(step, Exception) or bool(step.usage)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
             self.loop.call_soon_threadsafe(self.steps.put_nowait, step)
-
-    def end(self, error: Exception | None = None) -> None:
-        """Tell the waiting side that nothing more comes; once, and to nobody that has left."""
-        if not self.over:
-            self.put(error or StopAsyncIteration())
-        self.over = True
 
     def __aiter__(self) -> "Job":
         return self
 
     async def __anext__(self) -> Progress:
+        if self.ended:
+            raise StopAsyncIteration
         step = await self.steps.get()
         if isinstance(step, Exception):
             raise step
+        self.ended = bool(step.usage)
         return step
 
     async def newest(self) -> Progress:
-        """The newest step, which holds what those before it did. Raises StopAsyncIteration at the end."""
+        """The newest step, which holds what those before it did. Raises StopAsyncIteration after the end."""
         step = await anext(self)
         while not self.steps.empty():
-            later = self.steps.get_nowait()
-            if isinstance(later, Exception):  # the last one there is: for the next call
-                self.steps.put_nowait(later)
-                break
-            step = later
+            step = await anext(self)
         return step
 
     def __enter__(self) -> "Job":
@@ -135,55 +145,56 @@ class Job:
 
 
 class Writing:
-    """The replies of an `Ask` as token ids, and the texts of what is drawn of them."""
+    """The replies of a job while they are drawn: token ids in, the job's steps out."""
 
-    def __init__(self, chat: Conversation, ask: Ask):
-        self.ask, self.tokenizer = ask, chat.tokenizer
-        *history, text = ask.dialog
+    def __init__(self, job: Job, chat: Conversation):
+        self.job, self.ask, self.chat = job, job.ask, chat
+        *history, text = self.ask.dialog
         chat.resume(history[-chat.n_history :])
-        message, self.begun = self.tokenizer.encode([text, ask.begun])
-        self.n_begun = len(self.tokenizer.decode(self.begun))  # characters
+        message, self.begun = chat.tokenizer.encode([text, self.ask.begun])
+        self.n_begun = len(chat.tokenizer.decode(self.begun))  # characters
         self.generation = chat.generation(message, self.begun)
-        self.truncated, self.warning = chat.truncated, chat.truncation
         # The best of more replies than are wanted are known at the end only.
-        self.ranked = ask.decoding.n_replies > ask.n
-        self.done = False  # no reply grows any more
+        self.ranked = self.ask.decoding.n_replies > self.ask.n
+        self.done = False  # no reply grows any more, or nobody waits for it
 
-    def tell(self, job: Job, replies: list[Reply]) -> None:
-        """Say how far the replies are; also their end, where it need not be waited for the others of the batch."""
-        texts, stopped = self.texts(replies, self.tokenizer.decode_start)
-        decoding = self.generation.decoding
-        self.done = all(end or not reply.can_grow(decoding) for reply, end in zip(replies, stopped, strict=True))
-        if self.done and not self.ranked:
-            self.tell_end(job, replies)
-        elif not self.done:
-            texts = [""] * self.ask.n if self.ranked else [certain(text, self.ask.stop) for text in texts]
-            job.put(Progress(texts, [None] * self.ask.n))
+    def choice(self, reply: Reply, decode: Callable[[list[int]], str]) -> Choice:
+        """The text of a reply after what was begun, up to a stop sequence, and why it ends there."""
+        whole = decode([*self.begun, *reply.tokens])[self.n_begun :]
+        text = before_stops(whole, self.ask.stop)
+        if reply.complete or text != whole:
+            return Choice(text, "stop")
+        return Choice(text, None if reply.can_grow(self.generation.decoding) else "length")
 
-    def tell_end(self, job: Job, replies: list[Reply]) -> None:
+    def tell(self, replies: list[Reply]) -> None:
+        """Say how far the replies are; also their end, which need not wait for the others of the batch."""
+        if self.job.over:
+            self.done = True
+            return
+        choices = [self.choice(reply, self.chat.tokenizer.decode_start) for reply in replies]
+        self.done = all(choice.finish_reason for choice in choices)
+        if self.ranked:  # the end is told when all are drawn and scored
+            return
+        if self.done:
+            self.tell_end(replies)
+        else:
+            shown = [certain(choice.text, self.ask.stop) for choice in choices]
+            self.job.put(Progress([Choice(text, None) for text in shown]))
+
+    def tell_end(self, replies: list[Reply]) -> None:
         """Say the first `n` replies, which are whole. replies: all that were drawn, ranked where there are more."""
-        given = replies[: self.ask.n]
-        texts, stopped = self.texts(given, self.tokenizer.decode)
-        finished = ["stop" if end or reply.complete else "length" for reply, end in zip(given, stopped, strict=True)]
-        candidates: dict[str, Reply] = {}
-        for reply in replies if self.ranked else ():
-            candidates.setdefault(self.tokenizer.decode(reply.tokens), reply)
-        prompt, completion = len(self.generation.prefixes[0][0]), sum(len(reply.tokens) for reply in given)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        job.put(Progress(texts, finished, candidates, usage, self.warning))
-        job.end()
-
-    def texts(self, replies: list[Reply], decode: Callable[[list[int]], str]) -> tuple[list[str], list[bool]]:
-        """The text of each after what was begun, up to a stop sequence, and whether there is one."""
-        whole = (decode([*self.begun, *reply.tokens])[self.n_begun :] for reply in replies)
-        ends = [cut(text, self.ask.stop) for text in whole]
-        return [text for text, _ in ends], [stopped for _, stopped in ends]
+        decode, given = self.chat.tokenizer.decode, replies[: self.ask.n]
+        choices = [self.choice(reply, decode) for reply in given]
+        candidates = distinct(replies, decode) if self.ranked else {}
+        ((prompt, _),) = self.generation.prefixes
+        drawn = sum(len(reply.tokens) for reply in given)
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": drawn, "total_tokens": len(prompt) + drawn}
+        self.job.put(Progress(choices, usage, candidates, self.chat.truncation))
 
 
-def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """A text up to the first stop sequence in it, and whether there is one."""
-    end = min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
-    return text[:end], end is not None
+def before_stops(text: str, stops: tuple[str, ...]) -> str:
+    """A text up to the first stop sequence in it."""
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
 
 
 def certain(text: str, stops: tuple[str, ...]) -> str:
@@ -201,37 +212,31 @@ class Worker:
     """Computes replies in a thread of its own: those that wait and are drawn alike together, as rows of one batch.
 
     Args:
-        max_history: exchanges that the model sees.
-        seed: of the replies whose `Ask` names none.
         max_queue: replies that may wait.
     """
 
-    def __init__(self, model, tokenizer, max_history: int, seed: int, max_queue: int):
-        self.model, self.tokenizer, self.max_history = model, tokenizer, max_history
-        self.seeds, self.max_queue = itertools.count(seed), max_queue
+    def __init__(self, model: DialogModel, tokenizer: DialogTokenizer, bot: Bot, max_queue: int):
+        self.model, self.tokenizer, self.bot = model, tokenizer, bot
+        self.max_queue = max_queue
+        self.seeds = itertools.count(bot.seed)  # of the replies whose `Ask` names none
         self.prefix_cache = PrefixCache(KEPT_PREFIXES)
         self.waiting: list[Job] = []
         self.changed = threading.Condition()
-        self.truncated: set[str] = set()  # parts of requests that a warning was logged of
+        self.warned: set[str] = set()  # of what was truncated: see `Conversation`
         self.closed = False
         self.seconds = 1.0  # that the last batch took
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def check_room(self) -> None:
-        """Raise Unavailable where no more replies may wait."""
+    def submit(self, ask: Ask) -> Job:
+        """Put a reply at the queue's end. Raises Unavailable where no more may wait."""
+        job = Job(ask)
         with self.changed:
             if self.closed:
                 raise stopping()
             if len(self._still_waiting()) >= self.max_queue:
                 message = f"{self.max_queue} replies are waited for already; try again in a moment"
                 raise Unavailable(429, message, max(1, math.ceil(self.seconds)))
-
-    def submit(self, ask: Ask) -> Job:
-        """Put a reply at the queue's end. Raises Unavailable."""
-        job = Job(ask)
-        with self.changed:
-            self.check_room()
             self.waiting.append(job)
             self.changed.notify()
         return job
@@ -259,22 +264,24 @@ class Worker:
                 log.exception("a reply failed")
                 failure = Unavailable(500, f"the reply failed: {first_line(error)}")
             for job in jobs:
-                job.end(failure)
+                job.put(failure)  # to those that did not end
             self.seconds = time.monotonic() - start
             if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
                 time.sleep(min(0.05, self.seconds / 20))
         for job in self.waiting:
-            job.end(stopping())
+            job.put(stopping())
 
     def _next_jobs(self) -> list[Job]:
-        """Wait for the next job; it, and those that can be computed with it. None once the worker is closed."""
+        """Wait for the next job; it, and those that can be computed with it. Empty once the worker is closed."""
         with self.changed:
             self.changed.wait_for(lambda: self._still_waiting() or self.closed)
             if self.closed:
                 return []
             decoding = self.waiting[0].ask.decoding
             rows = min(MAX_ROWS, MAX_DRAWN // min(decoding.max_length, self.model.limit))
-            jobs = [job for job in self.waiting if job.ask.decoding == decoding][: max(1, rows // decoding.n_replies)]
+            rows_of_job = max(decoding.n_replies, decoding.num_beams)
+            alike = [job for job in self.waiting if job.ask.decoding == decoding]
+            jobs = alike[: max(1, rows // rows_of_job)]
             self.waiting = [job for job in self.waiting if job not in jobs]
             return jobs
 
@@ -285,28 +292,27 @@ class Worker:
 
     def _run(self, jobs: list[Job]) -> None:
         """Draw a token of every reply at a time, for as long as anybody waits for one."""
-        writings = [self._writing(job.ask) for job in jobs]
+        writings = [self._writing(job) for job in jobs]
         generation = joined([writing.generation for writing in writings])
         for drawn in generation:
-            for job, writing, replies in zip(jobs, writings, drawn, strict=True):
-                if not job.over:
-                    writing.tell(job, replies)
+            for writing, replies in zip(writings, drawn, strict=True):
+                writing.tell(replies)
             if self.closed:
                 return
-            if all(job.over or writing.done for job, writing in zip(jobs, writings, strict=True)):
+            if all(writing.done for writing in writings):
                 break
         if len(jobs) == 1 or not all(job.over for job in jobs):  # alone: also to keep its prefix for the next turn
-            for job, writing, replies in zip(jobs, writings, generation.finish(), strict=True):
-                if not job.over:
-                    writing.tell_end(job, replies)
+            for writing, replies in zip(writings, generation.finish(), strict=True):
+                writing.tell_end(replies)
 
-    def _writing(self, ask: Ask) -> Writing:
+    def _writing(self, job: Job) -> Writing:
+        ask = job.ask
         seed = (next(self.seeds) if ask.seed is None else ask.seed) % 2**63
-        settings = ask.decoding, self.max_history, seed, self.prefix_cache
-        writing = Writing(Conversation(self.model, self.tokenizer, ask.persona, *settings), ask)
-        if not self.truncated.issuperset(writing.truncated):  # of each part once, as the terminal does
-            log.warning(f"warning: {writing.warning}")
-            self.truncated.update(writing.truncated)
+        settings = ask.decoding, self.bot.max_history, seed, self.prefix_cache
+        chat = Conversation(self.model, self.tokenizer, ask.persona, *settings)
+        chat.warned = self.warned
+        writing = Writing(job, chat)
+        chat.warn_of_truncation()
         return writing
 
 
@@ -334,30 +340,29 @@ class ChatMessage(msgspec.Struct):
     content: str | list[ContentPart] | None = None
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class ChatRequest(msgspec.Struct):
-    """The part of OpenAI's request that has a meaning here. A null is as good as nothing."""
+@dataclass(frozen=True)
+class ChatRequest(Settings):
+    """The part of OpenAI's request that has a meaning here. None: as the server was started."""
 
     messages: list[ChatMessage]
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None  # this one and the next are what other local servers have besides
-    repetition_penalty: float | None = None
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: int = option(1, "replies", low=1, high=MAX_CHOICES)
+    seed: int = -1  # any, as in llama.cpp's server
+    stop: str | list[str] = ""
+    temperature: float | None = option(None, "0: the likeliest token", low=0, high=2)
+    top_p: float | None = option(None, "0: the likeliest token", low=0, high=1)
+    top_k: int | None = option(None, "as other local servers have it, besides OpenAI's", low=-1)
+    repetition_penalty: float | None = None  # also theirs; bounds: those of `Decoding`
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
 
 
-# The lowest and highest value, where they are not those of the option of the same name. 0 is the likeliest token.
-BOUNDS = {"n": (1, MAX_CHOICES), "temperature": (0, 2), "top_p": (0, 1), "top_k": (-1, LARGEST)}
 # What would change a reply and is not to be had, with the values that ask for nothing.
 UNSUPPORTED = {
     "logprobs": (False,),
@@ -380,20 +385,13 @@ UNSUPPORTED = {
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """A request from its JSON. Raises UserError."""
-    try:
-        fields = decode(body)
-        for name, neutral in UNSUPPORTED.items():
-            if fields.get(name) is not None and fields[name] not in neutral:
+    """A request from its JSON. A null is as good as nothing. Raises UserError."""
+    with explain_errors("not a chat completion request", "see OpenAI's reference of chat completions", *NO_JSON):
+        fields = {name: value for name, value in decode(body).items() if value is not None}
+        for name, value in fields.items():
+            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
                 raise UserError(f"{name} is not supported; leave it out")
-        request = msgspec.convert(fields, ChatRequest, strict=False)  # 16.0 is whole: some libraries know no other
-    except NO_JSON as error:
-        raise UserError(f"not a chat completion request: {first_line(error)}") from error
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(request, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{name}: expected {low} to {high}, found {value}")
-    return request
+        return msgspec.convert(fields, ChatRequest, strict=False)  # 16.0 is whole: some libraries know no other
 
 
 def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
@@ -402,61 +400,65 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
     As in other local servers (llama.cpp's, ollama) a last message of the assistant is the beginning of the reply,
     and only its continuation is answered. Messages without text, and those of tools, are left out.
     """
-    told = [(message.role, text_of(message)) for message in request.messages]
-    for role in {role for role, _ in told} - {"system", "developer", "user", "assistant", "tool", "function"}:
-        raise UserError(f"messages: expected role system, user, assistant or tool, found {role[:40]!r}")
-    systems = [text for role, text in told if role in ("system", "developer")]
+    told = [(role_of(message), text_of(message)) for message in request.messages]
+    systems = [text for role, text in told if role == "system"]
     if sum(map(len, systems)) > MAX_PERSONA:
         raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
     persona = split_sentences("\n".join(systems)) if systems else bot.persona
-    turns = [turn for turn in told if turn[0] in ("user", "assistant") and turn[1].strip()]
+    turns = [(role, text) for role, text in told if role in SIDES and text.strip()]
     dialog = [(role, text) for role, text, _ in joined_turns(turns)]
     begun = check_message(dialog.pop()[1]) if dialog and dialog[-1][0] == "assistant" else ""
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
     *history, message = [text for _, text in dialog[-utterances_shown(bot.max_history) :]]
-    decoding = asked_decoding(request, bot.decoding)
-    seed = None if request.seed == -1 else request.seed  # -1 is any, as in llama.cpp's server
-    dialog = [*history, check_message(message)]
-    return Ask(persona, dialog, decoding, seed, request.n or 1, begun, asked_stops(request))
+    return Ask(
+        persona,
+        [*history, check_message(message)],
+        asked_decoding(request, bot.decoding),
+        seed=None if request.seed == -1 else request.seed,
+        n=request.n,
+        begun=begun,
+        stop=asked_stops(request.stop),
+    )
+
+
+def role_of(message: ChatMessage) -> str:
+    """Who speaks: user, assistant, system or tool. Raises UserError for an unknown role."""
+    if message.role not in ROLE_OF:
+        raise UserError(f"messages: expected role system, user, assistant or tool, found {message.role[:40]!r}")
+    return ROLE_OF[message.role]
 
 
 def text_of(message: ChatMessage) -> str:
     """The text of a message, whose content may have parts. Raises UserError where it is no text."""
-    parts = message.content if isinstance(message.content, list) else [ContentPart(text=message.content)]
-    for part in parts:
+    if not isinstance(message.content, list):
+        return message.content or ""
+    for part in message.content:
         if part.type != "text":
             raise UserError(f"messages: content of the type {part.type!r} is not supported; send text")
-    return " ".join(part.text for part in parts if part.text)
+    return " ".join(part.text for part in message.content if part.text)
 
 
-def asked_stops(request: ChatRequest) -> tuple[str, ...]:
+def asked_stops(stop: str | list[str]) -> tuple[str, ...]:
     """The stop sequences of a request. Raises UserError."""
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stops) > MAX_STOPS or any(len(stop) > MAX_MESSAGE for stop in stops):
+    stops = [stop] if isinstance(stop, str) else stop
+    if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_MESSAGE:
         raise UserError(f"stop: expected at most {MAX_STOPS} texts of at most {MAX_MESSAGE} characters")
-    return tuple(stop for stop in stops if stop)
+    return tuple(filter(None, stops))
 
 
 def asked_decoding(request: ChatRequest, decoding: Decoding) -> Decoding:
     """How a request wants replies to be drawn. Raises UserError."""
-    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
-        limit = min(limit, LARGEST) if limit > 0 else LARGEST
-    changes = {
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "repetition_penalty": request.repetition_penalty,
-        "max_length": limit,
-        "n_replies": max(request.n or 1, decoding.n_replies),
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    changes = {name: value for name in names if (value := getattr(request, name)) is not None}
     for name in changes.keys() & {"temperature", "top_p"}:  # 0 is the likeliest token; the options have no such value
         changes[name] = max(changes[name], 1e-6)
     if "temperature" in changes:
         changes["no_sample"] = False
-    return replace(decoding, **changes)
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
+        changes["max_length"] = min(limit, LARGEST) if limit > 0 else LARGEST
+    return replace(decoding, n_replies=max(request.n, decoding.n_replies), **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -487,31 +489,31 @@ async def completion(job: Job, model: str) -> dict:
             "index": i,
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": None,
-            "finish_reason": reason,
+            "finish_reason": finish_reason,
         }
-        for i, (text, reason) in enumerate(zip(end.texts, end.finished, strict=True))
+        for i, (text, finish_reason) in enumerate(end.choices)
     ]
     return {**about(model), "object": "chat.completion", "choices": choices, "usage": end.usage} | warning(end)
 
 
 async def completion_events(job: Job, model: str, with_usage: bool) -> AsyncIterator[str]:
     """The answer piece by piece, as server-sent events. An error is one too, since the answer has begun."""
-    head = {**about(model), "object": "chat.completion.chunk"}
+    head = {**about(model), "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
 
-    def event(i: int, delta: dict, reason: str | None = None, **more) -> str:
-        choices = [{"index": i, "delta": delta, "finish_reason": reason}]
-        return sse({**head, "choices": choices, **({"usage": None} if with_usage else {}), **more})
+    def event(index: int, delta: dict, finish_reason: str | None = None) -> dict:
+        return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": finish_reason}]}
 
     with job:  # whoever reads no more needs no reply
         shown = [""] * job.ask.n
         for i in range(job.ask.n):
-            yield event(i, {"role": "assistant", "content": ""})
+            yield sse(event(i, {"role": "assistant", "content": ""}))
         try:
             async for step in job:
-                for i, (text, reason) in enumerate(zip(step.texts, step.finished, strict=True)):
-                    piece, shown[i] = text[len(shown[i]) :], text
-                    if piece or reason:
-                        yield event(i, {"content": piece} if piece else {}, reason, **warning(step))
+                for i, (text, finish_reason) in enumerate(step.choices):
+                    piece, shown[i] = text.removeprefix(shown[i]), text
+                    if piece or finish_reason:
+                        delta = {"content": piece} if piece else {}
+                        yield sse(event(i, delta, finish_reason) | warning(step))
                 if step.usage and with_usage:
                     yield sse({**head, "choices": [], "usage": step.usage})
         except Unavailable as error:

@@ -147,26 +147,20 @@ def is_command(line: str) -> bool:
 
 def completions(before: list[str], word: str) -> list[str]:
     """What the last word of a command may become, after the words before it."""
-    if before in (["/save"], ["/load"], ["/persona", "set"]):
-        paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
-        return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
-    of_option = {
-        ("/set", name): ("on", "off") if kind_of(known) is bool else known.metadata["choices"]
-        for name, known in Decoding.options().items()
-    }
-    choices = of_option | {
-        (): NAMES if word.startswith("/") else [],
-        ("/persona",): ["add", "set", "random"],
-        ("/set",): list(Decoding.options()),
-    }
-    return [choice + " " for choice in choices.get(tuple(before), ()) if choice.startswith(word)]
-
-
-def warn_of_truncation(chat, known: set[str]) -> None:
-    """Say what of the chat the model did not see; once of each part, of which `known` are said already."""
-    if not known.issuperset(chat.truncated):
-        log.warning(f"warning: {chat.truncation}; a shorter persona leaves more room")
-        known.update(chat.truncated)
+    options, choices = Decoding.options(), []
+    match before:
+        case [] if word:
+            choices = NAMES
+        case ["/persona"]:
+            choices = ["add", "set", "random"]
+        case ["/set"]:
+            choices = options
+        case ["/set", name] if name in options:
+            choices = ["on", "off"] if kind_of(options[name]) is bool else options[name].metadata["choices"]
+        case ["/save"] | ["/load"] | ["/persona", "set"]:
+            paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
+            return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
+    return [choice + " " for choice in choices if choice.startswith(word)]
 
 
 class TerminalChat:
@@ -175,7 +169,6 @@ class TerminalChat:
     def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
         self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
         self.saved: dict[str, SavedChat] = {}  # files that hold this chat
-        self.truncated: set[str] = set()  # what the user was told of
         self.pace: Pace | None = None  # of the last reply
 
     def run(self) -> None:
@@ -207,14 +200,15 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        turns, n, longest = len(self.chat.turns), self.chat.decoding.n_replies, self.chat.decoding.max_length
-        several = f" {n} replies, of which the best is given: {{}} of at most {longest} tokens" if n > 1 else ""
+        n_turns = len(self.chat.turns)
+        n, longest = self.chat.decoding.n_replies, self.chat.decoding.max_length
+        several = f"... {n} replies, of which the best is given: {{}} of at most {longest} tokens"
         with interrupts() as stopped:
-            self.pace = print_stream(self.chat.stream(text, stopped), f"...{several}")
-        if len(self.chat.turns) == turns:
+            self.pace = print_stream(self.chat.stream(text, stopped), several if n > 1 else "...")
+        if len(self.chat.turns) == n_turns:
             notice("(stopped before the first word; the message is forgotten)")
-        warn_of_truncation(self.chat, self.truncated)
-        if self.transcript and len(self.chat.turns) > turns:
+        self.chat.warn_of_truncation()
+        if self.transcript and len(self.chat.turns) > n_turns:
             self.transcript.add(self.chat)
 
     def show_persona(self) -> None:
@@ -281,9 +275,10 @@ class TerminalChat:
     def take_candidate(self, number: str) -> None:
         """Put an alternative, by its number in the list, in the place of the last reply."""
         turn = self.chat.turns[-1]
-        if not number.isdecimal() or not 1 <= int(number[:9]) <= len(turn.candidates):
-            raise UserError(f"expected a number from 1 to {len(turn.candidates)}, found '{number}'")
-        turn.reply, reply = turn.candidates[int(number) - 1]
+        numbered = {str(place): candidate for place, candidate in enumerate(turn.candidates, 1)}
+        if number not in numbered:
+            raise UserError(f"expected a number from 1 to {len(numbered)}, found '{number}'")
+        turn.reply, reply = numbered[number]
         turn.ids = [*turn.ids[:-1], reply.tokens]
         if self.transcript:
             self.transcript.take_back()
@@ -292,10 +287,9 @@ class TerminalChat:
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
-        options = asdict(self.chat.decoding)
-        if name and (value or name not in options):
+        if name and (value or name not in Decoding.options()):
             self.chat.decoding = self.chat.decoding.changed(name, value.strip())
-            options = asdict(self.chat.decoding)
+        options = asdict(self.chat.decoding)
         for shown in [name] if name else options:
             value = options[shown]
             print(f"{shown} {('off', 'on')[value] if isinstance(value, bool) else value}")
@@ -334,13 +328,12 @@ class TerminalChat:
 def answer_lines(chat, transcript: Transcript | None) -> None:
     """A line per turn in, a line per reply out: every line is text, and an empty one has an empty reply."""
     log.info("Persona: " + " ".join(map(printable, chat.persona)))
-    truncated: set[str] = set()
     for line in piped_lines():
         if not line:
             print(flush=True)
             continue
         print(chat.reply(check_message(line)).replace("\n", " "), flush=True)
-        warn_of_truncation(chat, truncated)
+        chat.warn_of_truncation()
         if transcript:
             transcript.add(chat)
 

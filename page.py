@@ -43,19 +43,16 @@ def shown(text: str) -> str:
 class Page:
     """What the page asks for. It keeps nothing, so that sessions cannot meet."""
 
-    def __init__(self, worker: Worker, bot: Bot):
-        self.worker, self.bot = worker, bot
+    def __init__(self, worker: Worker):
+        self.worker, self.bot = worker, worker.bot
 
     def ask(self, chat: list[dict], persona: str, values: tuple) -> Ask:
         """The reply wanted to the last message of a chat. values: of the OPTIONS. Raises UserError."""
         said = ["".join(part["text"] for part in message["content"]).replace(JOINER, "") for message in chat]
         sentences = [check_message(line) for line in persona.splitlines() if line.strip()]
         options = dict(zip(OPTIONS, values, strict=True))
-        decoding = self.bot.decoding
-        if options["n_replies"] > 1:
-            decoding = replace(decoding, no_sample=False)
-        for name, value in options.items():
-            decoding = decoding.changed(name, str(value))
+        greedy = self.bot.decoding.no_sample and options["n_replies"] == 1
+        decoding = replace(self.bot.decoding, no_sample=greedy, **options)
         return Ask(sentences, [*said[:-1], check_message(said[-1])], decoding)
 
     async def answer(self, chat: list[dict], persona: str, *values) -> AsyncIterator[tuple]:
@@ -67,8 +64,8 @@ class Page:
         yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop"), gr.skip()
         try:
             with self.worker.submit(self.ask(chat, persona, values)) as job:
-                async for reply, said in self.growing(job):
-                    yield [*chat, reply], gr.skip(), said
+                async for reply, note in self.growing(job):
+                    yield [*chat, reply], gr.skip(), note
         except (UserError, Unavailable) as error:
             gr.Warning(str(error), title="")
             yield chat, gr.skip(), gr.skip()
@@ -78,21 +75,19 @@ class Page:
 
         Gradio looks only between two steps whether the page is still open.
         """
-        reply, said = AWAITED, gr.skip()
-        while True:
+        reply, note = AWAITED, gr.skip()
+        while not job.ended:
             try:
                 step = await asyncio.wait_for(job.newest(), 1)
-            except StopAsyncIteration:
-                return
             except TimeoutError:
                 if "log" in reply["metadata"]:
                     ahead = self.worker.ahead(job)
                     reply = AWAITED | {"content": f"… {ahead} before you" if ahead else "…"}
             else:
                 reply = bubble(step)
-                if step.usage:
-                    said = step.warning
-            yield reply, said
+                if job.ended:
+                    note = step.warning
+            yield reply, note
             await asyncio.sleep(REFRESH)
 
     def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
@@ -112,16 +107,19 @@ class Page:
 
 def bubble(step: Progress) -> dict:
     """The reply as the chat shows it."""
-    (text,), (finished,) = step.texts, step.finished
-    if finished:
+    ((text, finish_reason),) = step.choices
+    if finish_reason:
         return {"role": "assistant", "content": shown(text), "options": alternatives(step.candidates)}
     return {"role": "assistant", "content": shown(text), "metadata": WRITTEN} if text else AWAITED
 
 
 def alternatives(candidates: dict[str, Reply]) -> list[dict]:
     """The buttons under a reply, best first: every text that was drawn, where there are several."""
-    scores = {text: f"head {r.mc_score:.2f}, likelihood {r.token_log_likelihood:.2f}" for text, r in candidates.items()}
-    return [{"value": shown(text), "label": f"{text}  ({scores[text]})"} for text in scores if len(scores) > 1]
+    buttons = []
+    for text, reply in candidates.items():
+        scores = f"head {reply.mc_score:.2f}, likelihood {reply.token_log_likelihood:.2f}"
+        buttons.append({"value": shown(text), "label": f"{text}  ({scores})"})
+    return buttons if len(buttons) > 1 else []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -213,9 +211,9 @@ def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML, gr.Button, gr.Button
     return chat, box, note, new, download
 
 
-def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
+def chat_page(worker: Worker) -> gr.Blocks:
     """The page: its parts, and what answers their events."""
-    page = Page(worker, bot)
+    page, bot = Page(worker), worker.bot
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title="Chat with a persona", analytics_enabled=False) as blocks:
         gr.HTML(f"<h1>Chat with a persona</h1>{html.escape(bot.name)}", elem_id="head")
@@ -225,25 +223,28 @@ def chat_page(worker: Worker, bot: Bot) -> gr.Blocks:
             with gr.Column(scale=1, min_width=260):
                 persona, drawn, options = settings_column(bot)
 
-        def in_browser(function: str, inputs: list, outputs: list) -> dict:
-            """An event that a function of page.js answers."""
+        talk = [chat, box]
+
+        def in_browser(function: str, inputs: list, outputs: list | None = None) -> dict:
+            """An event that a function of page.js answers. outputs: by default the inputs, changed."""
             js = f"async (...values) => {{ {LOADED} return page.{function}(...values); }}"
+            outputs = inputs if outputs is None else outputs
             return {"fn": None, "inputs": inputs, "outputs": outputs, "js": js, **hidden}
 
         wanted = [
-            box.submit(**in_browser("send", [chat, box], [chat, box])),
-            chat.retry(**in_browser("again", [chat], [chat])),
+            box.submit(**in_browser("send", talk)),
+            chat.retry(**in_browser("again", [chat])),
             chat.edit(page.edit, chat, chat, **hidden),
         ]
-        replies = [event.then(page.answer, [chat, persona, *options], [chat, box, note], **hidden) for event in wanted]
+        replies = [event.then(page.answer, [chat, persona, *options], [*talk, note], **hidden) for event in wanted]
         for event in replies:  # also after it was cancelled
-            event.then(**in_browser("settle", [chat, box], [chat, box]))
+            event.then(**in_browser("settle", talk))
         box.stop(None, cancels=replies, **hidden)
-        new.click(**in_browser("drop", [chat], [chat]), cancels=replies)
-        chat.undo(**in_browser("undo", [chat, box], [chat, box]))
+        new.click(**in_browser("drop", [chat]), cancels=replies)
+        chat.undo(**in_browser("undo", talk))
         chat.option_select(page.choose, chat, chat, **hidden)
         drawn.click(page.draw_persona, None, persona, **hidden)
         download.click(**in_browser("transcript", [chat, persona], []))
         gr.on([chat.change, persona.change], **in_browser("save", [chat, persona], [new, download]))
-        blocks.load(**in_browser("restore", [chat, persona], [chat, persona]))
+        blocks.load(**in_browser("restore", [chat, persona]))
     return blocks

@@ -117,10 +117,11 @@ def box(title: str, lines: list[str]) -> str:
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     top, side, bottom, dash = "╭│╰─" if unicode else "+|+-"
     texts = [part for line in lines for part in wrapped(printable(line), width - 2)]
-    edge = max(map(text_width, [title + "    ", *(f"{side} {text}" for text in texts)]))
+    edge = 2 + max(map(text_width, [title + "  ", *texts]))
+    head = coloured(f"{top}{dash} {title} ".ljust(edge, dash), GREY)
     body = [f"{coloured(side, GREY)} {text}" for text in texts]
-    head, foot = f"{top}{dash} {title} ".ljust(edge, dash), bottom + dash * (edge - 1)
-    return "\n".join([coloured(head, GREY), *body, coloured(foot, GREY)])
+    foot = coloured(bottom.ljust(edge, dash), GREY)
+    return "\n".join([head, *body, foot])
 
 
 def notice(text: str) -> None:
@@ -128,21 +129,10 @@ def notice(text: str) -> None:
     print(coloured("\n".join(wrapped(printable(text))), GREY))
 
 
-class Status:
-    """A line that says what is being waited for, until there is something else to show."""
-
-    def __init__(self):
-        self.shown = False
-
-    def show(self, text: str) -> None:
-        if obeys_escapes():
-            self.shown = True
-            print("\r\x1b[K" + coloured(text[: columns()], GREY), end="", flush=True)
-
-    def clear(self) -> None:
-        if self.shown:
-            self.shown = False
-            print("\r\x1b[K", end="", flush=True)
+def show_status(text: str) -> None:
+    """Show what is being waited for, in the place of what this line holds; "" leaves it empty."""
+    if obeys_escapes():
+        print("\r\x1b[K" + coloured(text[: columns()], GREY), end="", flush=True)
 
 
 @dataclass
@@ -170,18 +160,20 @@ def print_stream(pieces: Iterator[str], waiting: str) -> Pace:
     Args:
         waiting: what is shown until the first word, where {} is how many tokens are drawn.
     """
-    pace, status, wrapper = Pace(), Status(), Wrapper()
+    pace, wrapper = Pace(), Wrapper()
+    begun = False  # a word stands in the place of what was waited for
+    show_status(waiting.format(0))
     try:
-        status.show(waiting.format(0))
         for piece in pieces:
             pace.count()
-            if lines := wrapper.feed(piece):
-                status.clear()
-                print(lines, end="", flush=True)
-            elif wrapper.column == 0:
-                status.show(waiting.format(pace.tokens))
+            lines = wrapper.feed(piece)
+            if not begun:
+                begun = bool(lines)
+                show_status("" if begun else waiting.format(pace.tokens))
+            print(lines, end="", flush=True)
     finally:
-        status.clear()
+        if not begun:
+            show_status("")
     print(wrapper.finish())
     pace.tokens -= 1
     return pace
@@ -203,21 +195,23 @@ class History:
     """
 
     def __init__(self, path: Path):
-        self.path = path if path.is_absolute() else None  # ~ of a user without a home stays ~
+        # A user without a home has a ~ in the path. To open a pipe would wait for its other side.
+        usable = path.is_absolute() and (os.path.isfile(path) or not os.path.lexists(path))
+        self.path = path if usable else Path(os.devnull)
 
     def read(self) -> list[str]:
         """The last messages, oldest first. Lines that are damaged are left out."""
         messages = []
         with contextlib.suppress(OSError):
-            if self.path is None or not self.path.is_file():  # to open a pipe would wait for its other side
-                return []
             with open(self.path, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - MAX_HISTORY_SIZE, 0))
-                for line in file.read().splitlines()[-MAX_HISTORY:]:
-                    with contextlib.suppress(ValueError, RecursionError):
-                        message = json.loads(line)
-                        messages += [message] * isinstance(message, str)
+                lines = file.read().splitlines()[-MAX_HISTORY:]
+            for line in lines:
+                with contextlib.suppress(ValueError, RecursionError):
+                    message = json.loads(line)
+                    if isinstance(message, str):
+                        messages.append(message)
             if size > MAX_HISTORY_SIZE:
                 os.truncate(self.path, 0)
                 self.append(*messages)
@@ -225,8 +219,6 @@ class History:
 
     def append(self, *messages: str) -> None:
         with contextlib.suppress(OSError):
-            if self.path is None or (self.path.exists() and not self.path.is_file()):
-                return
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
                 file.writelines(json.dumps(message) + "\n" for message in messages)
@@ -288,23 +280,24 @@ class Prompt:
     def __init__(self, is_command: Callable[[str], bool], complete_line: Callable[[list[str], str], list[str]]):
         self.is_command = is_command
         self.terminal = sys.stdin.isatty()
-        self.remember = lambda message: None
+        self.lines: list[str] = []  # pasted, and not taken yet
+        self.remember: Callable[[str], None] = lambda message: None
         if self.terminal:
             self.remember = set_up_readline(History(state_folder() / "chat_history"), complete_line)
-        self.lines: list[str] = []  # pasted, and not taken yet
 
     def message(self) -> str:
         """The next message or command; "" for an empty line. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
         try:
             first = self._line(PROMPT)
-            text = self._quoted(first) if first.lstrip().startswith(QUOTES) else self._pasted(first)
+            quoted = first.lstrip().startswith(QUOTES)
+            text = self._quoted(first) if quoted else self._pasted(first)
         except KeyboardInterrupt:
             self.lines = []
             raise
         if text:
             self.remember(text)
         # What was quoted is text, also where it looks like a command.
-        return "/" + text if first.lstrip().startswith(QUOTES) and text.startswith("/") else text
+        return "/" + text if quoted and text.startswith("/") else text
 
     def _line(self, prompt: str) -> str:
         if not self.lines:
@@ -321,27 +314,23 @@ class Prompt:
         return bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
 
     def _pasted(self, first: str) -> str:
+        """A line and those that were pasted with it, up to a command, which waits for the next call, or to Ctrl-D."""
         lines = [first]
-        while not self.is_command(first) and self._follows():
-            try:
-                line = self._line(MORE)
-            except EOFError:
-                break
-            if self.is_command(line):
-                self.lines.insert(0, line)
-                break
-            lines.append(line)
+        with contextlib.suppress(EOFError):
+            while not self.is_command(lines[-1]) and self._follows():
+                lines.append(self._line(MORE))
+        if len(lines) > 1 and self.is_command(lines[-1]):
+            self.lines.insert(0, lines.pop())
         return "\n".join(lines).strip()
 
     def _quoted(self, first: str) -> str:
         """The lines up to closing quotes, or to Ctrl-D."""
         text = first.lstrip().removeprefix(QUOTES)
-        while not text.rstrip().endswith(QUOTES):
-            try:
+        try:
+            while not text.rstrip().endswith(QUOTES):
                 text += "\n" + self._line(MORE)
-            except EOFError:
-                print()
-                break
+        except EOFError:
+            print()
         return text.rstrip().removesuffix(QUOTES).strip()
 
 
@@ -373,12 +362,11 @@ def keys_not_shown() -> Iterator[None]:
         yield
         return
     import termios
+    import tty
 
     before = termios.tcgetattr(sys.stdin)
-    quiet = list(before)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)  # 3: the local modes
     try:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        tty.setcbreak(sys.stdin, termios.TCSADRAIN)
         yield
     finally:
         with contextlib.suppress(termios.error):  # a terminal that was closed meanwhile

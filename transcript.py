@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,11 +28,9 @@ def append_line(file: BinaryIO, record: dict) -> tuple[int, int]:
     """Write a record as the last line of a file open for reading and writing; where it begins and ends, in bytes."""
     line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     start = file.seek(0, os.SEEK_END)
-    if start:
-        file.seek(start - 1)
-        if file.read(1) != b"\n":  # whoever wrote the line before did not end it
-            line = b"\n" + line
-    file.seek(0, os.SEEK_END)
+    file.seek(max(start - 1, 0))
+    if file.read() not in (b"", b"\n"):  # whoever wrote the line before did not end it
+        line = b"\n" + line
     file.write(line)
     return start, start + len(line)
 
@@ -117,11 +117,9 @@ def last_dialog(name: str) -> tuple[list[str], list[str]]:
     """Persona and utterances of the last dialog in a file of any format that the toolkit reads."""
     if not is_url(name) and not os.path.exists(typed_path(name)):
         raise UserError(f"no such file: {name}; expected one that /save wrote, or another dataset")
-    last = None
-    for dialogs in read_dataset(name).values():
-        for dialog in dialogs:
-            last = dialog
-    if last is None:
+    last = deque(chain.from_iterable(read_dataset(name).values()), maxlen=1)
+    if not last:
         raise UserError(f"{name} holds no dialog; choose another file")
-    replies = last.utterances[-1:]
-    return last.personality, [text for reply in replies for text in (*reply.history, reply.candidates[-1])]
+    (dialog,) = last
+    replies = dialog.utterances[-1:]  # it may have none
+    return dialog.personality, [text for reply in replies for text in (*reply.history, reply.candidates[-1])]

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 import time
+from contextlib import AbstractContextManager
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -18,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from cli import UserError, first_line, log
+from cli import UserError, explain_errors, log
 from endpoint import (
     Bot,
     Job,
@@ -36,7 +37,18 @@ MAX_BODY = 1_000_000  # bytes of a request
 BODY_SECONDS = 30  # that a request may take to arrive
 
 
-def api_error(status: int, message: str, headers: dict | None = None) -> JSONResponse:
+async def refuse(_: Request, error: UserError | Unavailable | HTTPException) -> JSONResponse:
+    """The answer to a request that failed, in OpenAI's form."""
+    headers = None
+    match error:
+        case Unavailable():
+            status, message = error.status, str(error)
+            if error.retry_after:
+                headers = {"Retry-After": str(error.retry_after)}
+        case HTTPException():
+            status, message, headers = error.status_code, error.detail, error.headers
+        case _:
+            status, message = 400, str(error)
     return JSONResponse(error_answer(status, message), status, headers)
 
 
@@ -69,7 +81,8 @@ class Guard:
             if request.method == "POST":
                 receive = replay(await read_body(request), receive)
         except HTTPException as error:
-            return await api_error(error.status_code, error.detail, error.headers)(scope, receive, send)
+            response = await refuse(request, error)
+            return await response(scope, receive, send)
         except ClientDisconnect:
             return None
         return await self.app(scope, receive, send)
@@ -113,25 +126,24 @@ async def read_body(request: Request) -> bytes:
 
     One that is too large is read to its end, and not kept: a client that still sends would not see the answer.
     """
-    body, size = bytearray(), 0
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                size += len(part)
-                body += part if size <= MAX_BODY else b""
+                body += part[: MAX_BODY + 1 - len(body)]
     except TimeoutError:
         raise HTTPException(408, f"the request took longer than {BODY_SECONDS} seconds to arrive") from None
-    if size > MAX_BODY:
-        raise HTTPException(413, f"the request has {size} bytes; expected at most {MAX_BODY}, so send fewer messages")
+    if len(body) > MAX_BODY:
+        raise HTTPException(413, f"the request has more than {MAX_BODY} bytes; send fewer messages")
     return bytes(body)
 
 
 def replay(body: bytes, receive):
     """An ASGI `receive` for a body that was read already."""
-    left = [{"type": "http.request", "body": body, "more_body": False}]
+    whole = iter([{"type": "http.request", "body": body}])
 
     async def next_message() -> dict:
-        return left.pop() if left else await receive()
+        return next(whole, None) or await receive()
 
     return next_message
 
@@ -151,19 +163,19 @@ async def whole_completion(job: Job, model: str, request: Request) -> Response:
     return JSONResponse(answer.result())
 
 
-def endpoint(worker: Worker, bot: Bot) -> Starlette:
+def endpoint(worker: Worker) -> Starlette:
     """What is under /v1, as OpenAI's clients expect it."""
+    bot = worker.bot
     model = {"id": bot.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     async def complete(request: Request) -> Response:
-        worker.check_room()  # before anything is read
         asked = read_request(await request.body())
         job = worker.submit(asked_reply(asked, bot))
         name = asked.model or bot.name
         if not asked.stream:
             return await whole_completion(job, name, request)
-        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return StreamingResponse(completion_events(job, name, with_usage), media_type="text/event-stream")
+        events = completion_events(job, name, bool(asked.stream_options.include_usage))
+        return StreamingResponse(events, media_type="text/event-stream")
 
     async def list_models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -173,23 +185,12 @@ def endpoint(worker: Worker, bot: Bot) -> Starlette:
             raise HTTPException(404, f"there is one model, {bot.name}")
         return JSONResponse(model)
 
-    async def user_error(_: Request, error: UserError) -> Response:
-        return api_error(400, str(error))
-
-    async def unavailable(_: Request, error: Unavailable) -> Response:
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
-        return api_error(error.status, str(error), headers)
-
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return api_error(error.status_code, error.detail, error.headers)
-
     routes = [
         Route("/chat/completions", complete, methods=["POST"]),
         Route("/models", list_models),
         Route("/models/{name:path}", show_model),
     ]
-    handlers = {UserError: user_error, Unavailable: unavailable, HTTPException: http_error}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys((UserError, Unavailable, HTTPException), refuse))
 
 
 async def health(_: Request) -> Response:
@@ -201,17 +202,16 @@ async def health(_: Request) -> Response:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def cannot_listen(web, error: OSError) -> UserError:
-    return UserError(f"cannot listen at {web.host}:{web.port}: {first_line(error)}; try another --port")
+def listening(web) -> AbstractContextManager:
+    """Around what listens at the address: where nobody can, that is one line for the user."""
+    return explain_errors(f"cannot listen at {web.host}:{web.port}", "try another --port", OSError)
 
 
 def check_address(web) -> None:
     """Raise UserError where nobody can listen at the address: before a model is loaded."""
-    try:
+    with listening(web):
         family, _, _, _, address = socket.getaddrinfo(web.host, web.port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address, family=family).close()
-    except OSError as error:
-        raise cannot_listen(web, error) from error
 
 
 def leave(number: int, _) -> None:
@@ -224,14 +224,14 @@ def serve(model, tokenizer, bot: Bot, web) -> None:
     """Serve page and endpoint until a signal. web: interact.py's options of that name."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-    worker = Worker(model, tokenizer, bot.max_history, bot.seed, web.max_queue)
+    worker = Worker(model, tokenizer, bot, web.max_queue)
     api_key = web.api_key or os.environ.get("IMPROVEDFLEND_API_KEY", "")
     hosts = {name.lower() for name in ("localhost", socket.gethostname(), web.host, *(web.allow_host or []))}
-    routes = [Mount("/v1", endpoint(worker, bot)), Route("/health", health)]
+    routes = [Mount("/v1", endpoint(worker)), Route("/health", health)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for nobody else to read, and gone with the server
-        blocks = chat_page(worker, bot).queue(max_size=None, default_concurrency_limit=None)
-        try:
+        blocks = chat_page(worker).queue(max_size=None, default_concurrency_limit=None)
+        with listening(web):
             _, url, shared = blocks.launch(
                 server_name=web.host,
                 server_port=web.port or None,
@@ -246,8 +246,6 @@ def serve(model, tokenizer, bot: Bot, web) -> None:
                 app_kwargs={"routes": routes, "middleware": [Middleware(Guard, hosts=hosts, api_key=api_key)]},
                 **look(bot),
             )
-        except OSError as error:
-            raise cannot_listen(web, error) from error
         if shared:
             hosts.add(urlsplit(shared).hostname)
         log.info(f"Chat page: {url}" + (f" and, for everyone, {shared}" if shared else ""))

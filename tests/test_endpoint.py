@@ -24,7 +24,7 @@ def asked(*messages: dict, **fields) -> Ask:
 
 @pytest.fixture
 def worker(dialog_model, load):
-    worker = Worker(*load(dialog_model("gpt2")), max_history=1, seed=1, max_queue=20)
+    worker = Worker(*load(dialog_model("gpt2")), BOT, max_queue=20)
     yield worker
     worker.close()
 
@@ -65,6 +65,12 @@ def text_of(answer: dict) -> str:
         ([{"role": "system", "content": "I am Dr. No. I swim."}, HELLO], ["I am Dr. No.", "I swim."], ["hello"], ""),
         ([HELLO, {"role": "system", "content": "i swim ."}], ["i swim ."], ["hello"], ""),
         ([{"role": "developer", "content": ""}, HELLO], [], ["hello"], ""),
+        (
+            [{"role": "human", "content": "a"}, {"role": "ai", "content": "b"}, HELLO],
+            BOT.persona,
+            ["a", "b", "hello"],
+            "",
+        ),
         ([HELLO, {"role": "assistant", "content": "well ,"}], BOT.persona, ["hello"], "well ,"),
         ([HELLO, CALL, {"role": "tool", "content": "7"}, HELLO], BOT.persona, ["hello hello"], ""),
         ([HELLO, {"role": "function", "content": "7"}, {"role": "assistant"}], BOT.persona, ["hello"], ""),
@@ -112,10 +118,10 @@ def test_a_seed_and_stop_sequences():
         ([], {"logprobs": True}, "logprobs"),
         ([], {"logit_bias": {"5": -100}}, "logit_bias"),
         ([], {"response_format": {"type": "json_object"}}, "response_format"),
-        ([], {"n": 0}, "n: expected 1 to 16"),
-        ([], {"temperature": -1}, "temperature: expected 0 to 2"),
-        ([], {"temperature": 2.5}, "temperature: expected 0 to 2"),
-        ([], {"top_p": 3}, "top_p: expected 0 to 1"),
+        ([], {"n": 0}, "n: expected a whole number of at least 1 and at most 16, found 0"),
+        ([], {"temperature": -1}, "temperature: expected a number of at least 0 and at most 2"),
+        ([], {"temperature": 2.5}, "temperature: expected a number of at least 0 and at most 2"),
+        ([], {"top_p": 3}, "top_p: expected a number of at least 0 and at most 1"),
         ([], {"repetition_penalty": 0}, "repetition_penalty: expected"),
         ([], {"stop": ["a"] * 99}, "stop: expected at most 64"),
         ([], {"max_tokens": 1.5}, "max_tokens"),
@@ -200,6 +206,15 @@ def test_replies_that_overlap_are_computed_together(worker, monkeypatch):
         assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
 
 
+def test_a_batch_of_beam_searches_is_as_small_as_its_rows_ask_for(worker, monkeypatch):
+    sizes = []
+    joined = endpoint.joined
+    monkeypatch.setattr(endpoint, "joined", lambda parts: sizes.append(len(parts)) or joined(parts))
+    ask = replace(asked(), decoding=Decoding(num_beams=endpoint.MAX_ROWS // 2, max_length=2))
+    answers(worker, *[ask] * 5)
+    assert sum(sizes) == 5 and max(sizes) <= 2
+
+
 def test_the_best_of_several(worker):
     """One is wanted and four are drawn: the best is known at the end, and its alternatives with it."""
     ask = replace(asked(seed=3), decoding=replace(BOT.decoding, n_replies=4))
@@ -208,9 +223,8 @@ def test_the_best_of_several(worker):
         with worker.submit(ask) as job:
             return [step async for step in job]
 
-    *steps, end = asyncio.run(run())
-    assert all(step.texts == [""] for step in steps)
-    assert len(end.candidates) > 1 and end.texts == [next(iter(end.candidates))]
+    (end,) = asyncio.run(run())
+    assert len(end.candidates) > 1 and end.choices[0].text == next(iter(end.candidates))
 
 
 def test_a_full_queue_a_failure_and_a_stopping_server(worker, monkeypatch):
