@@ -133,6 +133,25 @@ CPU = torch.device("cpu")
 WORKERS = 2  # processes that build batches for a GPU, each many thousand replies a second
 
 
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers no signal to stop reaches: the training ends them once it has saved.
+
+    Such a signal goes to all processes of a terminal or a job. Where the training is killed, its workers see that after
+    some seconds, and end. They do not hold its run folder: filelock lets go of a lock in a process that is forked.
+    """
+
+    STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def __iter__(self):
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self.STOPS)  # from their first moment: a fork inherits it
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def load_batches(
     rows: torch.utils.data.Dataset,
     batches: Iterable[list[int]],
@@ -151,7 +170,7 @@ def load_batches(
     """
     gpu = device.type == "cuda"
     workers = WORKERS * gpu if workers is None else workers
-    return torch.utils.data.DataLoader(
+    return Loader(
         rows,
         batch_sampler=batches,
         collate_fn=collate_rows,
@@ -159,20 +178,8 @@ def load_batches(
         generator=torch.Generator(),
         num_workers=workers,
         pin_memory=gpu,
-        worker_init_fn=leave_signals_to_parent,
         multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,  # it shares what is mapped
     )
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """A signal to stop goes to all processes of a terminal or a job; the training ends its workers once it has saved.
-
-    Where it is killed they see that after some seconds, and end. They do not hold its run folder: filelock lets go of a
-    lock in a process that is forked.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
 
 
 def batches_by_length(

@@ -88,20 +88,21 @@ class TokenizerRules(msgspec.Struct):
     decoder: dict | None = None
 
 
-def check_rules(folder: Path) -> None:
+def check_rules(path: Path) -> None:
     """Refuse a tokenizer.json whose rules would end the process, before the library reads it.
 
     Such are rules that make a text longer, one after the other, until there is no memory; and a table of characters
     that is cut off.
+
+    Raises:
+        ValueError: it has such rules. Other types where it cannot be read.
     """
-    path = folder / "tokenizer.json"
     if not path.exists():
         return
-    with explain_errors(f"cannot read {path}", "expected a tokenizer of transformers"):
-        rules = msgspec.json.decode(path.read_bytes(), type=TokenizerRules)
-        for step in filter(None, (rules.normalizer, rules.pre_tokenizer, rules.decoder)):
-            if growth(step) > MOST_GROWTH:
-                raise ValueError(f"its rules can make a text more than {MOST_GROWTH} times as long")
+    rules = msgspec.json.decode(path.read_bytes(), type=TokenizerRules)
+    for step in filter(None, (rules.normalizer, rules.pre_tokenizer, rules.decoder)):
+        if growth(step) > MOST_GROWTH:
+            raise ValueError(f"its rules can make a text more than {MOST_GROWTH} times as long")
 
 
 def growth(rule: dict) -> float:

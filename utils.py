@@ -219,9 +219,9 @@ def load_tokenizer(
         source = {"config": load_config(files), **files.openai_vocabulary}
     else:  # it has no config.json; nor does a GGUF file know the tokens that an adapter's tokenizer has
         source = {"gguf_file": files.gguf} if folder == files.folder else {}
-    check_rules(folder)
     # transformers raises many types for a tokenizer it cannot read.
     with explain_errors(f"cannot read the tokenizer in {folder}", "expected one of transformers'"):
+        check_rules(folder / "tokenizer.json")
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
         hf("Hello, I'm fine!")  # rules that fail with any text are told of here
     if not files.gguf:

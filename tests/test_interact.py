@@ -751,7 +751,9 @@ def test_ctrl_c_stops_a_reply_and_clears_the_line_at_the_prompt(make_model, load
     screen.type("x" * (MAX_MESSAGE + 1) + "\n")  # its echo is wrapped
     screen.until(r"characters; expected at most[^\n]*\n>>> ")
     assert "type something" in screen.say("").lower()
-    screen.type("half a line\x03\n")  # readline overlooks a signal that comes before it waits for a key, until the end
+    screen.type("/sta\t")
+    screen.until("/stats")  # completed: readline waits for a key, and overlooks a signal that comes earlier
+    screen.type(" half a line\x03\n")
     screen.until(r"Ctrl-D or /bye ends the chat\.\n>>> ")
     screen.type("/bye\n")
     assert screen.end() == 0
