@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -639,6 +640,7 @@ class Screen:
 
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background of a shell ignores it
             os.environ.update({"TERM": "dumb", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""} | environment)
             os.execv(sys.executable, [sys.executable, str(ROOT / "interact.py"), *map(str, args)])
         self.text = ""
