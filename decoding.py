@@ -6,6 +6,7 @@ Shapes: R rows (a reply each), V vocabulary.
 import os
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,13 @@ class Reply:
 
     @property
     def token_log_likelihood(self) -> float:
-        """The log-likelihood per token."""
-        return self.log_likelihood / max(len(self.tokens) + self.complete, 1)
+        """The log-likelihood per token. A sum would favour short replies, since each token makes it less."""
+        return self.log_likelihood / max(self.length, 1)
+
+    @property
+    def length(self) -> int:
+        """Its tokens, with the special one that ended it: that was drawn, and scored, like the others."""
+        return len(self.tokens) + self.complete
 
     def can_grow(self, decoding: Decoding) -> bool:
         return not self.complete and len(self.tokens) < decoding.max_length
@@ -39,9 +45,10 @@ class Reply:
         """With one more token. A special one ends the reply, and a reply that has ended stays as it is."""
         if self.complete:
             return self
-        ends = token in special
-        tokens = self.tokens if ends else [*self.tokens, token]
-        return replace(self, tokens=tokens, complete=ends, log_likelihood=self.log_likelihood + log_likelihood)
+        total = self.log_likelihood + log_likelihood
+        if token in special:
+            return replace(self, complete=True, log_likelihood=total)
+        return replace(self, tokens=[*self.tokens, token], log_likelihood=total)
 
 
 def rank_replies(replies: list[Reply], rerank: str) -> list[Reply]:
@@ -67,8 +74,10 @@ class Row:
     reply: Reply = field(default_factory=Reply)
 
     def history(self) -> list[int]:
-        """The prefix without its persona: from the first speaker token on, which is its own token type."""
-        return [token for token, _ in dropwhile(lambda token: token[0] != token[1], self.prefix)]
+        """The prefix without its persona: a reply may, and should, repeat what the persona says."""
+        # A speaker token is the only one that is its own token type; the first one begins the history.
+        since_speaker = dropwhile(lambda pair: pair[0] != pair[1], self.prefix)
+        return [token for token, _ in since_speaker]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,15 +95,19 @@ def filtered_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     """
     logits = logits / decoding.temperature
     if decoding.top_k > 0:
-        likeliest = logits.topk(min(decoding.top_k, logits.shape[-1])).values
-        logits = logits.masked_fill(logits < likeliest[:, -1:], float("-inf"))
+        size = min(decoding.top_k, logits.shape[-1])
+        likeliest = logits.topk(size).values
+        least = likeliest[:, -1:]  # tokens that tie with the k-th stay too
+        logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = logits.softmax(-1)
     if 0 < decoding.top_p < 1:
         probabilities = nucleus(probabilities, decoding.top_p)
     if decoding.min_p > 0:
-        least = decoding.min_p * probabilities.amax(-1, keepdim=True)
+        largest = probabilities.amax(-1, keepdim=True)
+        least = decoding.min_p * largest
         probabilities = probabilities.masked_fill(probabilities < least, 0)
-    return probabilities / probabilities.sum(-1, keepdim=True)
+    total = probabilities.sum(-1, keepdim=True)
+    return probabilities / total
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -106,10 +119,13 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     # Sorting a whole vocabulary costs more than the model itself, and the nucleus is nearly always small.
     for size in (*NUCLEUS_SIZES, vocabulary):
         ordered, tokens = probabilities.topk(min(size, vocabulary))
-        if bool((ordered.sum(-1) >= top_p).all()):
+        reached = ordered.sum(-1) >= top_p
+        if bool(reached.all()):
             break
-    likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-    kept = ordered.masked_fill(likelier >= max(top_p, 1e-6), 0)  # float32 rounds less than that to 0
+    # A token belongs to the nucleus if the likelier ones do not reach top_p without it. The likeliest always does.
+    likelier = ordered.cumsum(-1) - ordered
+    top_p = max(top_p, 1e-6)  # float32 may round a smaller one to 0, which all tokens reach
+    kept = ordered.masked_fill(likelier >= top_p, 0)
     return torch.zeros_like(probabilities).scatter_(-1, tokens, kept)
 
 
@@ -119,28 +135,41 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
     torch.multinomial draws all rows with one generator, so that a reply would depend on the others in its batch. Here
     every row has its own, which is on the CPU whatever the device.
     """
-    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probabilities)
+    numbers = [torch.rand(1, generator=generator) for generator in generators]
+    uniform = torch.cat(numbers).to(probabilities).clamp(max=1 - 1e-6)
     cumulative = probabilities.cumsum(-1)
-    point = uniform[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]  # below the total, however it is rounded
-    return torch.searchsorted(cumulative, point, right=True)[:, 0]
+    # In float32 probabilities do not sum up to 1. A point at or past their total would be a token past the vocabulary.
+    total = cumulative[:, -1:]
+    points = uniform[:, None] * total
+    # right=True: a point on a boundary belongs to the token after it, so one of probability 0 is never drawn.
+    return torch.searchsorted(cumulative, points, right=True)[:, 0]
 
 
 def repeating(history: list[int], reply: list[int], n: int) -> set[int]:
     """The tokens that would end a sequence of `n` tokens which the history or the reply already holds."""
-    if len(reply) < n - 1:  # the sequence would begin before the reply
+    begun = n - 1  # tokens of the sequence that stand already
+    if len(reply) < begun:  # it would begin before the reply
         return set()
-    tokens, tail = [*history, *reply], reply[len(reply) - n + 1 :]
-    return {tokens[i] for i in range(n - 1, len(tokens)) if tokens[i - n + 1 : i] == tail}
+    tokens = [*history, *reply]
+    last = len(tokens) - begun
+    tail = tokens[last:]
+    earlier = [start for start in range(last) if tokens[start : start + begun] == tail]
+    return {tokens[start + begun] for start in earlier}
 
 
 def apply_penalties(logits: Tensor, row: Row, decoding: Decoding, special: frozenset[int]) -> None:
     """Change one row's logits (V,) in place: what is repeated becomes less likely or impossible, an early end too."""
     tokens = row.reply.tokens
     if decoding.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1
-        used = torch.tensor(sorted({*row.history(), *tokens} - special), device=logits.device).long()
-        logits[used] *= decoding.repetition_penalty ** -logits[used].sign()
+        # Speaker tokens stand in every history. They too end a reply, and a penalty would only make it longer.
+        used = {*row.history(), *tokens} - special
+        used = torch.tensor(sorted(used), device=logits.device).long()
+        # Divide positive logits and multiply negative ones: either becomes less.
+        direction = -logits[used].sign()
+        logits[used] *= decoding.repetition_penalty**direction
     if decoding.no_repeat_ngram:
-        logits[list(repeating(row.history(), tokens, decoding.no_repeat_ngram))] = float("-inf")
+        forbidden = repeating(row.history(), tokens, decoding.no_repeat_ngram)
+        logits[list(forbidden)] = float("-inf")
     if len(tokens) < decoding.min_length:
         logits[sorted(special)] = float("-inf")
 
@@ -152,14 +181,18 @@ def sample(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozens
         apply_penalties(row_logits, row, decoding, special)
     if decoding.no_sample:
         return logits.argmax(-1)
-    return draw(filtered_probabilities(logits, decoding), [row.generator for row in rows])
+    probabilities = filtered_probabilities(logits, decoding)
+    return draw(probabilities, [row.generator for row in rows])
 
 
 def extend_rows(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozenset[int]) -> None:
     """Draw a token for the reply of every row, from logits (R, V). special: the tokens that end a reply."""
     tokens = sample(logits, rows, decoding, special)
-    log_likelihoods = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    for row, token, log_likelihood in zip(rows, tokens.tolist(), log_likelihoods.tolist(), strict=True):
+    # Of the model, before temperature, filters and penalties: replies are ranked by what the model finds likely.
+    log_likelihoods = logits.log_softmax(-1)
+    log_likelihoods = log_likelihoods.gather(1, tokens[:, None])[:, 0]
+    drawn = zip(rows, tokens.tolist(), log_likelihoods.tolist(), strict=True)
+    for row, token, log_likelihood in drawn:
         row.reply = row.reply.extended(token, log_likelihood, special)
 
 
@@ -184,38 +217,50 @@ class Beams:
 
     def __init__(self, decoding: Decoding):
         self.decoding = decoding
-        # All beams are copies of one at first: only one of them may be extended.
-        self.growing = [Hypothesis(), *[Hypothesis(score=float("-inf"))] * (decoding.num_beams - 1)]
-        self.ended: list[Hypothesis] = []
+        # All beams are copies of one at first. Only one of them may be extended, or all would stay the same.
+        copies = [Hypothesis(score=float("-inf"))] * (decoding.num_beams - 1)
+        self.growing = [Hypothesis(), *copies]  # best first, by score: they are all of one length
+        self.ended: list[Hypothesis] = []  # best first, by `rank`
 
     def rank(self, hypothesis: Hypothesis) -> float:
         """The score over the length, a special token at the end included, to the power of the length penalty."""
-        length = len(hypothesis.reply.tokens) + hypothesis.reply.complete
-        return hypothesis.score / max(length, 1) ** self.decoding.length_penalty
+        length = max(hypothesis.reply.length, 1)
+        return hypothesis.score / length**self.decoding.length_penalty
 
     @property
     def goes_on(self) -> bool:
         """Whether what grows may still be better than the worst of what has ended."""
-        full = len(self.ended) == self.decoding.num_beams
-        return bool(self.growing) and not (full and self.rank(self.growing[0]) <= self.rank(self.ended[-1]))
+        if not self.growing:
+            return False
+        if len(self.ended) < self.decoding.num_beams:
+            return True
+        # As if the best one ended now. Made longer, it may still rank higher: this is transformers' heuristic.
+        best_growing, worst_ended = self.growing[0], self.ended[-1]
+        return self.rank(best_growing) > self.rank(worst_ended)
 
     def step(self, best: list[Hypothesis], unended: list[Hypothesis]) -> None:
         """Go on with the extensions of the growing hypotheses: the best of all, and of those without a special token.
 
         What ends must be among the best of all, so that a poor end does not take the place of a good beginning.
         """
+        # At the longest length all of them end, with a special token or without.
         ended = [hypothesis for hypothesis in best if not hypothesis.reply.can_grow(self.decoding)]
-        self.ended = sorted([*self.ended, *ended], key=self.rank, reverse=True)[: self.decoding.num_beams]
+        ended = sorted([*self.ended, *ended], key=self.rank, reverse=True)
+        self.ended = ended[: self.decoding.num_beams]
         self.growing = [hypothesis for hypothesis in unended if hypothesis.reply.can_grow(self.decoding)]
 
     def agreed(self) -> Reply:
         """The beginning that all hypotheses share, which no later step changes."""
-        return Reply(os.path.commonprefix([each.reply.tokens for each in (*self.growing, *self.ended)]))
+        hypotheses = [*self.growing, *self.ended]
+        shared = os.path.commonprefix([hypothesis.reply.tokens for hypothesis in hypotheses])  # of any lists
+        return Reply(shared)
 
     def best(self, count: int) -> list[Reply]:
         """The best replies: those that have ended, and where the search was stopped too early for that, others."""
-        found = self.ended if len(self.ended) >= count else [*self.ended, *self.growing]
-        return [hypothesis.reply for hypothesis in sorted(found, key=self.rank, reverse=True)[:count]]
+        found = self.ended
+        if len(found) < count:
+            found = sorted([*self.ended, *self.growing], key=self.rank, reverse=True)
+        return [hypothesis.reply for hypothesis in found[:count]]
 
 
 class Extension(NamedTuple):
@@ -227,41 +272,55 @@ class Extension(NamedTuple):
     score: float  # of the hypothesis with it
 
 
-def extend_beams(logits: Tensor, rows: list[Row], beams: list[Beams], special: frozenset[int]) -> list[int]:
-    """Extend the beams of every prefix by a token, from logits (R, V); the row that each row now goes on from.
+TokenChoices = tuple[list[int], list[float], list[float]]  # tokens, their log-likelihoods, these with penalties
+
+
+def token_choices(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozenset[int]) -> list[TokenChoices]:
+    """The likeliest next tokens of every row, from logits (R, V): all that a beam search has to look at.
 
     Penalties change log-likelihoods here, as in transformers, since these are what is summed.
     """
-    decoding = beams[0].decoding
     log_likelihoods = logits.log_softmax(-1)
     penalised = log_likelihoods.clone()
     for row, row_scores in zip(rows, penalised, strict=True):
         apply_penalties(row_scores, row, decoding, special)
-    # What is best for a prefix is among the best of each row, also when all that would end a reply is left out.
+    # A prefix's best extensions are among the best of each row, also when those that would end a reply are left out.
+    # Sorting whole vocabularies for them would take longer than the model.
     enough = min(decoding.num_beams + len(special), logits.shape[1])
-    scores, tokens = penalised.topk(enough)  # (R, enough): sorting whole vocabularies would take longer than the model
-    columns = tokens.tolist(), log_likelihoods.gather(1, tokens).tolist(), scores.tolist()
-    of_rows = list(zip(*columns, strict=True))
+    scores, tokens = penalised.topk(enough)  # (R, enough)
+    of_tokens = log_likelihoods.gather(1, tokens)
+    # As lists, copied from the device once: what follows reads them number by number.
+    return list(zip(tokens.tolist(), of_tokens.tolist(), scores.tolist(), strict=True))
+
+
+def extend_beams(logits: Tensor, rows: list[Row], beams: list[Beams], special: frozenset[int]) -> list[int]:
+    """Extend the beams of every prefix by a token, from logits (R, V); the row that each row now goes on from."""
+    decoding = beams[0].decoding
+    size = decoding.num_beams
+    choices = token_choices(logits, rows, decoding, special)
 
     def extended(extension: Extension) -> Hypothesis:
-        reply = rows[extension.row].reply.extended(extension.token, extension.log_likelihood, special)
+        reply = rows[extension.row].reply
+        reply = reply.extended(extension.token, extension.log_likelihood, special)
         return Hypothesis(reply, extension.score)
 
     parents = list(range(len(rows)))
     for number, of_prefix in enumerate(beams):
-        if not of_prefix.goes_on:
+        if not of_prefix.goes_on:  # its rows are computed on with the others', and nothing is drawn for them
             continue
-        first = number * decoding.num_beams
+        first = number * size
         extensions = [
             Extension(row, token, log_likelihood, hypothesis.score + score)
             for row, hypothesis in enumerate(of_prefix.growing, first)
-            for token, log_likelihood, score in zip(*of_rows[row], strict=True)
+            for token, log_likelihood, score in zip(*choices[row], strict=True)
         ]
-        extensions.sort(key=lambda extension: extension.score, reverse=True)
-        best = extensions[: decoding.num_beams]
-        unended = [extension for extension in extensions if extension.token not in special][: decoding.num_beams]
-        of_prefix.step(list(map(extended, best)), list(map(extended, unended)))
-        parents[first : first + decoding.num_beams] = [extension.row for extension in unended]
+        extensions.sort(key=attrgetter("score"), reverse=True)
+        best = extensions[:size]
+        unended = [extension for extension in extensions if extension.token not in special]
+        unended = unended[:size]
+        of_prefix.step([extended(each) for each in best], [extended(each) for each in unended])
+        parents[first : first + size] = [extension.row for extension in unended]
+        # No reply changes before all are extended: several hypotheses may go on from one row.
         for row, hypothesis in zip(rows[first:], of_prefix.growing, strict=False):  # at the longest length none grows
             row.reply = hypothesis.reply
     return parents
