@@ -52,29 +52,42 @@ class DialogRows(torch.utils.data.Dataset):
 
     def plan(self) -> Iterator[RowPlan]:
         """Divide the replies into rows, in order."""
-        instances, split = self.instances, self.instances.split
-        limit, longest, history = instances.limit, instances.longest(), split.history
+        instances = self.instances
+        split, limit = instances.split, instances.limit
+        history = split.history
+        places = zip(history.starts.tolist(), history.ends.tolist(), strict=True)
+        longest = instances.longest()
         # Tokens, with one more each: an utterance's speaker, or the space before a sentence of a persona.
-        persona, said = row_sums(split.persona, split.sizes + 1), running_sums(history, split.sizes + 1)
-        row, length = None, 0  # of the trunk, up to the next reply's speaker
-        for utterance, (start, end) in enumerate(zip(history.starts.tolist(), history.ends.tolist(), strict=True)):
-            news = self.news(utterance) if row and row.count < self.most else None
+        persona = row_sums(split.persona, split.sizes + 1)
+        said = running_sums(history, split.sizes + 1)
+        row = None
+        length = 0  # of the trunk, up to the next reply's speaker
+        for utterance, (start, end) in enumerate(places):
+            news = None
+            if row and row.count < self.most:
+                news = self.news(utterance)
             if news is not None:
-                gold = split.sizes[split.candidates[utterance - 1][-1]]
-                length += gold + said[end] - said[end - len(news)] + 1
-            if news is None or length + longest[utterance] + 1 > limit:
+                gold = split.candidates[utterance - 1][-1]
+                length += split.sizes[gold] + 1
+                length += said[end] - said[end - len(news)]
+            # Whatever candidate the model reads, its <eos> is to fit too.
+            if news is not None and length + longest[utterance] + 1 <= limit:
+                row.count += 1
+            else:
+                dialog = split.dialogs[utterance]
+                continues = row and split.dialogs[row.first] == dialog
                 if row:
                     yield row
-                dialog = split.dialogs[utterance]
-                first = not (row and split.dialogs[row.first] == dialog)
-                room = (limit - longest[utterance] if first else limit // 2) - persona[dialog] - 3
+                # Half a model of history leaves a later row the other half for replies. Filled to its end, it would
+                # hold a single one, and so would every row after it.
+                room = limit // 2 if continues else limit - longest[utterance]
+                room -= persona[dialog] + 3  # <bos>, the reply's speaker, <eos>
                 # From the first place after which all fits; the last utterance is there whether it fits or not.
                 place = start + np.searchsorted(said[start:end], said[end] - room)
                 place = max(start, min(int(place), end - 1))
                 row = RowPlan(utterance, place - start)
-                length = 2 + persona[dialog] + said[end] - said[place]
-            else:
-                row.count += 1
+                length = 2 + persona[dialog]  # <bos>, the reply's speaker
+                length += said[end] - said[place]
             self.shortened += row.history > 0
         if row:
             yield row
@@ -84,41 +97,55 @@ class DialogRows(torch.utils.data.Dataset):
 
         The bot's and the other person's utterances must alternate, as they do backwards from every reply.
         """
-        split, history = self.instances.split, self.instances.split.history
-        if split.dialogs[utterance] != split.dialogs[utterance - 1]:
+        split = self.instances.split
+        history = split.history
+        last = utterance - 1
+        if split.dialogs[utterance] != split.dialogs[last]:
             return None
-        if history.starts[utterance] != history.starts[utterance - 1]:
+        # Histories that go on from one another are views from the same place, so texts need not be compared.
+        if history.starts[utterance] != history.starts[last]:
             return None
-        reply, *news = history.values[history.ends[utterance - 1] : history.ends[utterance]].tolist() or [-1]
-        return news if len(news) % 2 and reply == split.candidates[utterance - 1][-1] else None
+        since = history.values[history.ends[last] : history.ends[utterance]]
+        if not len(since):  # two replies to the same history
+            return None
+        reply, *news = since.tolist()
+        goes_on = len(news) % 2 and reply == split.candidates[last][-1]
+        return news if goes_on else None
 
     def __getitem__(self, index: int) -> DialogRow:
         if index not in range(len(self)):
             raise IndexError(index)
         rotation, number = divmod(index, len(self.plans))
-        instances, plan = self.instances, self.plans[number]
+        plan = self.plans[number]
+        instances = self.instances
         split, ids = instances.split, instances.ids
-        shown = len(split.history[plan.first]) - plan.history
-        longest = int(split.sizes[split.candidates[plan.first]].max())
-        at = plan.first + rotation * len(split)
-        (tokens, types), room = instances.prefix(at, longest, shown)
-        row = DialogRow([*tokens], [*types])
-        for utterance in range(plan.first, plan.first + plan.count):
-            if utterance > plan.first:
+        first = plan.first
+        shown = len(split.history[first]) - plan.history
+        longest = int(split.sizes[split.candidates[first]].max())
+        # `room` is for the first reply; those after it may fill what the trunk leaves.
+        prefix, room = instances.prefix(first + rotation * len(split), longest, shown)
+        row = DialogRow(*prefix)
+
+        def say(speaker: int, tokens: list[int]) -> None:
+            row.trunk += tokens
+            row.token_types += [speaker] * len(tokens)
+
+        for utterance in range(first, first + plan.count):
+            if utterance > first:
                 for place, text in enumerate(self.news(utterance)):
                     speaker = ids.speaker1 if place % 2 else ids.speaker2
-                    said = [speaker, *split.ids(text)]
-                    row.trunk += said
-                    row.token_types += [speaker] * len(said)
-                row.trunk.append(ids.speaker1)
-                row.token_types.append(ids.speaker1)
-                room = instances.limit - len(row.trunk) - 1
-            *distractors, gold = (split.ids(text)[:room] for text in instances.kept(split.candidates[utterance]))
+                    say(speaker, [speaker, *split.ids(text)])
+                say(ids.speaker1, [ids.speaker1])
+                room = instances.limit - len(row.trunk) - 1  # <eos>
+            candidates = instances.kept(split.candidates[utterance])
+            *distractors, gold = (split.ids(candidate)[:room] for candidate in candidates)
+            # The <eos> of a gold reply is a branch too: what follows in the trunk must not see it, since in a history
+            # utterances have none.
             start = len(row.trunk) - 1
-            row.trunk += gold
-            row.token_types += [ids.speaker1] * len(gold)
             branches = [Branch(start, [*tokens, ids.eos]) for tokens in distractors]
-            row.replies.append(Reply(start, [*branches, Branch(len(row.trunk) - 1, [ids.eos])]))
+            say(ids.speaker1, gold)
+            branches.append(Branch(len(row.trunk) - 1, [ids.eos]))
+            row.replies.append(Reply(start, branches))
         return row
 
     def report_truncation(self, name: str) -> None:
