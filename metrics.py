@@ -21,24 +21,30 @@ from utils import DialogTokenizer, Split
 # F1 and ranks: texts as ParlAI compares them
 # ------------------------------------------------------------------------------------------------------------
 
+# All that string.punctuation holds, as ParlAI lists it.
 PUNCTUATION = re.compile(r"[!\"#$%&()*+,\-./:;<=>?@\[\]\\^`{|}~_']")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize(text: str) -> str:
     """Lower case, punctuation to spaces, articles removed, white space folded."""
-    return " ".join(ARTICLES.sub(" ", PUNCTUATION.sub(" ", text.lower())).split())
+    return " ".join(normalized_words(text))
 
 
 def normalized_words(text: str) -> list[str]:
-    return normalize(text).split()
+    text = PUNCTUATION.sub(" ", text.lower())
+    text = ARTICLES.sub(" ", text)
+    return text.split()
 
 
 def f1(reply: str, gold: str) -> float:
     """Harmonic mean of precision and recall of the normalised words, as bags."""
-    predicted, expected = normalized_words(reply), normalized_words(gold)
+    predicted = normalized_words(reply)
+    expected = normalized_words(gold)
     common = (Counter(predicted) & Counter(expected)).total()
-    return 2 * common / (len(predicted) + len(expected)) if common else 0.0
+    if not common:  # both may be empty, and the quotient 0 / 0
+        return 0.0
+    return 2 * common / (len(predicted) + len(expected))
 
 
 def gold_rank(scores: np.ndarray, texts: list[str], right: list[str]) -> int:
@@ -49,7 +55,8 @@ def gold_rank(scores: np.ndarray, texts: list[str], right: list[str]) -> int:
     """
     wanted = set(map(normalize, right))
     order = np.argsort(-scores, kind="stable")
-    return next(rank for rank, candidate in enumerate(order) if normalize(texts[candidate]) in wanted)
+    ranked = (normalize(texts[candidate]) for candidate in order)  # as far as it is read: most gold ranks are small
+    return next(rank for rank, text in enumerate(ranked) if text in wanted)
 
 
 def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
@@ -61,9 +68,11 @@ def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
     ranks = []
     for utterance, row in enumerate(scores):
         tokens = [split.ids(candidate) for candidate in split.candidates[utterance]]
+        first_places = [tokens.index(candidate) for candidate in tokens]
         of_utterance = row[: len(tokens)]  # a view: rows have as many columns as the most candidates
-        of_utterance[:] = of_utterance[[tokens.index(candidate) for candidate in tokens]]
-        texts, right = split.candidate_texts(utterance), split.right_texts(utterance)
+        of_utterance[:] = of_utterance[first_places]
+        texts = split.candidate_texts(utterance)
+        right = split.right_texts(utterance)
         ranks.append(gold_rank(of_utterance, texts, right))
     return np.array(ranks)
 
@@ -73,12 +82,18 @@ def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 
 # ParlAI puts these into every dictionary, with frequencies that sort them to its front.
-PARLAI_SPECIAL = {"__null__": 10**9 + 3, "__start__": 10**9 + 2, "__end__": 10**9 + 1, "__unk__": 10**9}
+PARLAI_SPECIAL = {
+    "__null__": 10**9 + 3,
+    "__start__": 10**9 + 2,
+    "__end__": 10**9 + 1,
+    "__unk__": 10**9,
+}
 
 
 def split_words(text: str) -> list[str]:
     """ParlAI's `split` tokenizer, lower-cased: white space, after putting spaces around . , ; : ! ?"""
-    return re.sub(r"([.,;:!?])", r" \1 ", text.lower()).split()
+    spaced = re.sub(r"([.,;:!?])", r" \1 ", text.lower())
+    return spaced.split()
 
 
 def dictionary_texts(splits: dict[str, Split]) -> Iterator[str]:
@@ -91,8 +106,9 @@ def dictionary_texts(splits: dict[str, Split]) -> Iterator[str]:
         for sentence in split.persona.values:
             yield f"your persona: {split.text(sentence)}"
         for utterance in range(len(split)):
+            message = split.history_texts(utterance)[-1:]
             # A reply to nothing answers this word in ParlAI's files.
-            yield from split.history_texts(utterance)[-1:] or ["__SILENCE__"]
+            yield from message or ["__SILENCE__"]
             if name == "train":
                 yield split.gold_text(utterance)
 
@@ -111,24 +127,29 @@ class WordTable:
         frequencies: of each word.
     """
 
-    SMOOTHING = 5
+    SMOOTHING = 5  # the original toolkit's
 
     def __init__(self, first_tokens: list[int], frequencies: list[int]):
-        first, weights = np.array(first_tokens), np.array(frequencies, float) + self.SMOOTHING
+        first = np.array(first_tokens)
+        weights = np.array(frequencies, float) + self.SMOOTHING
         has_token = first >= 0
-        of_token = np.bincount(first[has_token], weights[has_token])  # (V,) the weights of all words that begin with it
-        share = np.where(has_token, weights / of_token[first], 0)
+        beginnings = first[has_token]
+        token_weights = np.bincount(beginnings, weights[has_token])  # (V,) sums over the words that begin with a token
+        share = np.where(has_token, weights / token_weights[first], 0)
         self.first = torch.as_tensor(first)  # (W,)
         self.log_share = torch.as_tensor(share).log()  # (W,)
-        self.tokens = torch.as_tensor(np.unique(first[has_token]))  # those that begin a word
+        self.tokens = torch.as_tensor(np.unique(beginnings))
 
     def log_probabilities(self, logits: Tensor, words: Tensor) -> Tensor:
         """Of each row's word (K,), from the logits (K, V) that predict its first token; float64, on the CPU."""
-        beginnings = logits[:, self.tokens.to(logits.device)]
-        first = self.first[words].clamp(min=0)  # without one any will do: the share of such a word is 0
-        of_first = logits.gather(1, first[:, None].to(logits.device))[:, 0]
-        # No GPU of Apple's has float64.
-        return of_first.cpu().double() - beginnings.cpu().double().logsumexp(-1) + self.log_share[words]
+        device = logits.device
+        first = self.first[words].clamp(min=0)  # a word without one has a share of 0, so any token will do
+        first = first[:, None].to(device)
+        first_logits = logits.gather(1, first)[:, 0]
+        # Selected where the logits are, so that only these are copied. No GPU of Apple's has float64.
+        beginnings = logits[:, self.tokens.to(device)].cpu().double()
+        log_total = beginnings.logsumexp(-1)  # log Z, but for the softmax's denominator: that cancels
+        return first_logits.cpu().double() - log_total + self.log_share[words]
 
 
 def first_token(ids: list[int]) -> int:
@@ -165,26 +186,34 @@ class WordModel:
             counts.update(split_words(text))
         self.words = list(counts)
         self.number = {word: i for i, word in enumerate(self.words)}
-        # Of two each: for words at a reply's start, and after a word.
+        # Two of each of these: for words at a reply's start, and after a word.
         self.encoders = tokenizer.encode, tokenizer.encode_inside
         self.spellings = [encode(self.words) for encode in self.encoders]
         frequencies = list(counts.values())
-        own = [WordTable([first_token(ids) for ids in spellings], frequencies) for spellings in self.spellings]
-        bare = [tokenizer.first_bare_token(word) for word in self.words]
-        original = WordTable(bare, list({**counts, **PARLAI_SPECIAL}.values()))
+        own = []
+        for spellings in self.spellings:
+            first_tokens = [first_token(ids) for ids in spellings]
+            own.append(WordTable(first_tokens, frequencies))
+        bare_tokens = [tokenizer.first_bare_token(word) for word in self.words]
+        with_special = {**counts, **PARLAI_SPECIAL}
+        original = WordTable(bare_tokens, list(with_special.values()))
         self.tables = {"word_nll": own, "original_word_nll": [original, original]}
         valid = splits["valid"]
-        golds = {int(valid.candidates[utterance][-1]) for utterance in range(len(valid))}
+        golds = {int(candidates[-1]) for candidates in valid.candidates}
         self.spelled = {gold: self.spell(valid.text(gold)) for gold in golds}  # by the gold reply's string number
 
     def spell(self, text: str) -> Spelling:
         """A reply as the tokens of its words, and where those stand that are scored: the dictionary's."""
         tokens, positions = [], []
         for word in split_words(text):
-            inside, number = int(bool(tokens)), self.number.get(word)
-            spelling = self.encoders[inside]([word])[0] if number is None else self.spellings[inside][number]
-            if spelling and number is not None:
-                positions.append(WordPosition(len(tokens), number, inside))
+            inside = int(bool(tokens))
+            number = self.number.get(word)
+            if number is None:
+                (spelling,) = self.encoders[inside]([word])
+            else:
+                spelling = self.spellings[inside][number]
+                if spelling:  # a tokenizer may leave out what its vocabulary lacks
+                    positions.append(WordPosition(len(tokens), number, inside))
             tokens += spelling
         return Spelling(tokens, positions)
 
@@ -200,8 +229,10 @@ def reply_columns(replies: list[str], split: Split) -> dict[str, np.ndarray]:
     for utterance, reply in enumerate(replies):
         history = list(map(normalized_words, split.history_texts(utterance)))
         persona = list(map(normalized_words, split.persona_texts(utterance)))
+        # ParlAI's F1 is that of the right reply it is nearest to.
         best = max(f1(reply, right) for right in split.right_texts(utterance))
-        rows.append({"f1": best} | traits(reply, history, persona))
+        row = traits(reply, history, persona)
+        rows.append(row | {"f1": best})
     return {name: np.array([row[name] for row in rows], float) for name in MEANS}
 
 
@@ -214,18 +245,25 @@ def traits(reply: str, history: list[list[str]], persona: list[list[str]]) -> di
         "questions": reply.rstrip().endswith("?"),
         "repeats_utterance": bool(words) and words in history,
         "repeats_history_3gram": not history_3grams.isdisjoint(ngrams(words, 3)),
-        "repeats_persona": any(sentence and tuple(sentence) in ngrams(words, len(sentence)) for sentence in persona),
+        "repeats_persona": any(
+            tuple(sentence) in ngrams(words, len(sentence))  # the whole of it, in one piece
+            for sentence in persona
+            if sentence
+        ),
     }
 
 
 def distinct(replies: list[str], n: int) -> float:
     """The share of different ones among all sequences of `n` words (Li et al. 2016, section 5.3)."""
-    grams = [gram for reply in replies for gram in ngrams(normalized_words(reply), n)]
+    grams = []
+    for reply in replies:
+        grams += ngrams(normalized_words(reply), n)
     return len(set(grams)) / max(1, len(grams))
 
 
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    starts = range(len(words) - n + 1)
+    return [tuple(words[start : start + n]) for start in starts]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -251,7 +289,9 @@ class Figure:
         size = len(self.influence)
         if size < 2:
             return math.nan
-        return math.sqrt(size / (size - 1) * float(np.square(self.influence).sum()))
+        variance = float(np.square(self.influence).sum())
+        unbiased = size / (size - 1) * variance  # Bessel's correction
+        return math.sqrt(unbiased)
 
     def __sub__(self, other: "Figure") -> "Figure":
         """The paired difference of a figure of the same utterances, whose errors largely cancel."""
@@ -264,13 +304,14 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> Figure:
     if not total:
         return Figure(math.nan, np.full(len(sums), math.nan))
     mean = sums.sum() / total
+    # The delta method: to first order, an utterance moves the ratio by its deviation from what its count predicts.
     return Figure(mean, (sums - mean * counts) / total)
 
 
 def perplexity(nll: np.ndarray, counts: np.ndarray) -> Figure:
     """exp of the mean negative log-likelihood, whose derivative is the perplexity itself."""
     mean = ratio(nll, counts)
-    value = math.exp(min(mean.value, 700))
+    value = math.exp(min(mean.value, 700))  # math.exp raises OverflowError from 710 on
     return Figure(value, value * mean.influence)
 
 
@@ -282,7 +323,9 @@ def figures_of(columns: dict[str, np.ndarray]) -> dict[str, Figure]:
     one = np.ones(len(next(iter(columns.values()))))
     figures = {}
     if "rank" in columns:
-        figures |= {f"hits@{k}": ratio((columns["rank"] <= k).astype(float), one) for k in (1, 5, 10)}
+        for k in (1, 5, 10):
+            hits = columns["rank"] <= k
+            figures[f"hits@{k}"] = ratio(hits.astype(float), one)
     if "nll" in columns:
         figures |= {
             "original_word_ppl": perplexity(columns["original_word_nll"], columns["words"]),
