@@ -36,8 +36,10 @@ class Batch:
 
     def prefix_ends(self) -> torch.Tensor:
         """(B,) flat indices of where each row's trunk ends."""
-        rows = torch.arange(len(self.segments), device=self.segments.device)
-        return rows * self.segments.shape[1] + (self.segments == 0).sum(1) - 1
+        height, width = self.segments.shape
+        starts = width * torch.arange(height, device=self.segments.device)
+        sizes = (self.segments == 0).sum(1)
+        return starts + sizes - 1
 
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda column: column.to(device, non_blocking=True))
@@ -61,11 +63,11 @@ def batch_of_arrays(*columns: np.ndarray) -> Batch:
 def collate(rows: list[Instance | DialogRow], ids: SpecialIds) -> Batch:
     """Pack rows into a batch as wide as its longest one.
 
-    Rows are first laid out one after the other, without padding. They are made of parts, the trunk and its branches,
-    whose positions, segments and forks follow from the parts' sizes.
+    Rows are first laid out one after the other, without padding. They are made of parts, the trunk and its branches.
     """
-    tokens, types, parts, widths = [], [], [], []  # parts: size, segment, fork; the trunk begins after "column -1"
-    ends, n_candidates, lm_places, lm_labels = [], [], [], []
+    tokens, types = [], []
+    parts, widths = [], []
+    ends, lm_places, lm_labels = [], [], []
     extras = []  # row, places
     for number, row in enumerate(rows):
         first = len(tokens)
@@ -80,41 +82,56 @@ def collate(rows: list[Instance | DialogRow], ids: SpecialIds) -> Batch:
                 tokens += branch.tokens
                 ends.append(len(tokens) - 1)
             gold = branch
-            n_candidates.append(len(reply.candidates))
+            # A gold reply begins in the trunk and ends in a branch; in a row of one reply all of it is the branch.
+            # Each place predicts the next token of the reply: the fork the branch's first one, and <eos> none.
             lm_places += range(first + reply.start, first + gold.fork + 1)
             lm_places += range(len(tokens) - len(gold.tokens), len(tokens) - 1)
-            lm_labels += [*row.trunk[reply.start + 1 : gold.fork + 1], *gold.tokens]
+            lm_labels += row.trunk[reply.start + 1 : gold.fork + 1]
+            lm_labels += gold.tokens
         if row.extra:
             parts.append((len(row.extra), segment + 1, len(row.trunk) - 1))
             extras.append((number, range(len(tokens), len(tokens) + len(row.extra))))
             tokens += row.extra
-        types += [ids.speaker1] * (len(tokens) - len(types))
+        types += [ids.speaker1] * (len(tokens) - len(types))  # branches are the bot's
         widths.append(len(tokens) - first)
 
     inside = first_columns(np.array(widths))  # (B, T) where no padding is
     flat = np.flatnonzero(inside)  # of each token its flat index
-    sizes, segments, forks = np.array(parts).T
-    starts = np.cumsum(sizes) - sizes
-    positions = np.arange(len(tokens)) - np.repeat(starts - forks - 1, sizes)
-    segments, forks = np.repeat(segments, sizes), np.repeat(forks, sizes)
-    ends, lm_positions = flat[ends], flat[lm_places]
-    extra_starts, extra_positions = np.zeros(len(rows), dtype=np.int64), []
+    positions, segments, forks = describe_tokens(parts)
+    ends = flat[ends]
+    lm_positions = flat[lm_places]
+    extra_starts = np.zeros(len(rows), dtype=np.int64)
+    extra_positions = []
     for number, places in extras:
         extra_starts[number] = flat[places[0]]
         extra_positions.append(flat[places])
+    n_candidates = np.array([len(reply.candidates) for row in rows for reply in row.replies])
     return batch_of_arrays(
         lay_out(tokens, inside, ids.pad),
         lay_out(types, inside, ids.pad),
         lay_out(positions, inside, 0),
         lay_out(segments, inside, -1),
-        lay_out(np.where(segments == 0, positions, forks), inside, 0),
-        lay_out(ends, first_columns(np.array(n_candidates)), 0),
-        np.array(n_candidates),
+        lay_out(forks, inside, 0),
+        lay_out(ends, first_columns(n_candidates), 0),
+        n_candidates,
         lm_positions,
-        np.array(lm_labels, dtype=np.int64),
+        np.array(lm_labels, dtype=np.int64),  # int64 also where there is none: an empty list would be float64
         extra_starts,
         np.unique(np.concatenate([ends, lm_positions, *extra_positions])),
     )
+
+
+def describe_tokens(parts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each token's position, segment and fork, from its part's size, segment and fork; a trunk leaves column -1."""
+    sizes, segments, forks = np.array(parts).T
+    starts = np.cumsum(sizes) - sizes
+    # A part's first token is at position fork + 1, wherever it stands among all tokens.
+    shifts = starts - (forks + 1)
+    positions = np.arange(sizes.sum()) - np.repeat(shifts, sizes)
+    segments = np.repeat(segments, sizes)
+    # A token of a trunk sees it up to itself.
+    forks = np.where(segments == 0, positions, np.repeat(forks, sizes))
+    return positions, segments, forks
 
 
 def first_columns(counts: np.ndarray) -> np.ndarray:
@@ -145,7 +162,8 @@ class Loader(torch.utils.data.DataLoader):
     def __iter__(self):
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, self.STOPS)  # from their first moment: a fork inherits it
+        # Blocked here, before they are forked: a worker that blocked them itself would begin without.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self.STOPS)
         try:
             return super().__iter__()
         finally:
@@ -169,7 +187,8 @@ def load_batches(
         workers: processes, where `device` is not to decide it.
     """
     gpu = device.type == "cuda"
-    workers = WORKERS * gpu if workers is None else workers
+    if workers is None:
+        workers = WORKERS if gpu else 0
     return Loader(
         rows,
         batch_sampler=batches,
@@ -194,6 +213,8 @@ def batches_by_length(
 
     Of `world` processes, `rank` gets its share of the batches; every utterance is in one of them.
     """
-    order = np.argsort(instances.lengths()[:size], kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
-    return load_batches(instances, batches, partial(collate, ids=instances.ids), device)
+    lengths = instances.lengths()[:size]
+    order = np.argsort(lengths, kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    own = batches[rank::world]
+    return load_batches(instances, own, partial(collate, ids=instances.ids), device)
