@@ -81,12 +81,17 @@ def truncate(
         persona, history and the tokens left for a reply (at least one).
     """
     room = limit - 3 - reply  # <bos>, the reply's speaker, <eos>
-    beside_message = room - sum(len(utterance) + 1 for utterance in history[-1:])
-    persona = persona[: sum(size <= beside_message for size in accumulate(map(len, persona)))]
-    too_many = sum(map(len, persona)) + sum(len(utterance) + 1 for utterance in history) - room
+    utterance_sizes = [len(utterance) + 1 for utterance in history]  # each after its speaker
+    beside_message = room - sum(utterance_sizes[-1:])
+    # Whole sentences: half of one may say the opposite.
+    ends = accumulate(map(len, persona))
+    sentences = sum(end <= beside_message for end in ends)
+    persona = persona[:sentences]
+    too_many = sum(map(len, persona)) + sum(utterance_sizes) - room
     while too_many > 0 and history:
         oldest, *later = history
         if not later and too_many < len(oldest):
+            # Its front goes, since a reply answers most of all how a message ends.
             return persona, [oldest[too_many:]], reply
         too_many -= len(oldest) + 1
         history = later
@@ -101,7 +106,9 @@ def build_prefix(persona: list[list[int]], history: list[list[int]], ids: Specia
     tokens = [ids.bos, *chain(*persona)]
     types = [ids.speaker1] * len(tokens)
     for place, utterance in enumerate(history):
-        speaker = ids.speaker2 if (len(history) - place) % 2 else ids.speaker1
+        # Counted from the end, so that an utterance keeps its speaker whatever was truncated before it.
+        to_go = len(history) - place
+        speaker = ids.speaker2 if to_go % 2 else ids.speaker1
         tokens += [speaker, *utterance]
         types += [speaker] * (len(utterance) + 1)
     return [*tokens, ids.speaker1], [*types, ids.speaker1]
@@ -151,17 +158,22 @@ class Instances(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Instance:
         if index not in range(len(self)):
             raise IndexError(index)
-        candidates = self.split.candidates[index % len(self.split)]
-        longest = int(self.split.sizes[candidates].max())  # of all: truncation does not depend on how many are kept
+        split = self.split
+        candidates = split.candidates[index % len(split)]
+        longest = int(split.sizes[candidates].max())  # of all: truncation does not depend on how many are kept
         (prefix, types), room = self.prefix(index, longest)
-        candidates = self.kept(candidates)
-        replies = [[*self.split.ids(candidate)[:room], self.ids.eos] for candidate in candidates]
-        extra = self.extras.get(int(candidates[-1]), [])[: self.limit - len(prefix)]
-        return Instance(prefix, types, replies, extra)
+        kept = self.kept(candidates)
+        # The prefix is shared, so all of them get the room that was made for the longest.
+        replies = [[*split.ids(candidate)[:room], self.ids.eos] for candidate in kept]
+        gold = int(kept[-1])
+        extra = self.extras.get(gold, [])
+        left = self.limit - len(prefix)
+        return Instance(prefix, types, replies, extra[:left])
 
     def kept(self, candidates: np.ndarray) -> np.ndarray:
         """Those of an utterance's candidates that are shown."""
-        return candidates[-max(self.num_candidates, 0) :]
+        last = max(self.num_candidates, 0)
+        return candidates[-last:]  # [-0:] is all of them
 
     def prefix(self, index: int, reply: int, shown: int | None = None) -> tuple[Prefix, int]:
         """The prefix of an instance, truncated for `reply` tokens to come, and how many of them may.
@@ -169,14 +181,17 @@ class Instances(torch.utils.data.Dataset):
         Args:
             shown: the last utterances of history that are shown, where they are not `n_history`.
         """
-        rotation, utterance = divmod(index, len(self.split))
-        persona = self.split.persona[self.split.dialogs[utterance]]
-        if rotation:
+        split = self.split
+        rotation, utterance = divmod(index, len(split))
+        persona = split.persona[split.dialogs[utterance]]
+        if rotation:  # most have none, and np.roll is slow
             persona = np.roll(persona, rotation)
-        history = self.split.history[utterance][-(shown or self.n_history) :]
-        later = [self.inside.get(string) or self.split.ids(string) for string in persona[1:].tolist()]
-        persona = [*map(self.split.ids, persona[:1]), *later]
-        history = [self.split.ids(string) for string in history]
+        last = shown or self.n_history
+        history = split.history[utterance][-last:]
+        first, later = persona[:1], persona[1:].tolist()
+        persona = [split.ids(string) for string in first]
+        persona += [self.inside.get(string) or split.ids(string) for string in later]
+        history = [split.ids(string) for string in history]
         persona, history, room = truncate(persona, history, reply, self.limit)
         return build_prefix(persona, history, self.ids), room
 
@@ -186,22 +201,26 @@ class Instances(torch.utils.data.Dataset):
 
     def longest(self) -> np.ndarray:
         """Tokens of each utterance's longest candidate, of all that it has."""
-        split = self.split
-        return np.maximum.reduceat(split.sizes[split.candidates.values], split.candidates.offsets[:-1])
+        candidates = self.split.candidates
+        sizes = self.split.sizes[candidates.values]
+        return np.maximum.reduceat(sizes, candidates.starts)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each utterance's prefix and longest candidate, of all, before anything is truncated.
 
         With `inside` a persona may come out a token longer than it is, for its first sentence.
         """
-        split, persona_sizes = self.split, self.split.sizes
+        split = self.split
+        persona_sizes = split.sizes
         if self.inside:
             persona_sizes = persona_sizes.copy()
-            persona_sizes[list(self.inside)] = list(map(len, self.inside.values()))
+            inside_sizes = map(len, self.inside.values())
+            persona_sizes[list(self.inside)] = list(inside_sizes)
+        personas = row_sums(split.persona, persona_sizes)  # of each dialog
         return (
             3  # <bos>, the reply's speaker, <eos>
-            + row_sums(split.persona, persona_sizes)[split.dialogs]
-            + row_sums(split.history, split.sizes + 1, last=self.n_history)
+            + personas[split.dialogs]
+            + row_sums(split.history, split.sizes + 1, last=self.n_history)  # each utterance after its speaker
             + self.longest()
         )
 
@@ -218,7 +237,9 @@ def sentences_inside(split: Split, tokenizer: DialogTokenizer) -> dict[int, list
     if tokenizer.ids.token_types:
         return {}
     strings = np.unique(split.persona.values).tolist()
-    return dict(zip(strings, tokenizer.encode_inside(list(map(split.text, strings))), strict=True))
+    sentences = [split.text(string) for string in strings]
+    tokens = tokenizer.encode_inside(sentences)
+    return dict(zip(strings, tokens, strict=True))
 
 
 def running_sums(strings: Ragged | Views, sizes: np.ndarray) -> np.ndarray:
@@ -227,7 +248,10 @@ def running_sums(strings: Ragged | Views, sizes: np.ndarray) -> np.ndarray:
 
 
 def row_sums(strings: Ragged | Views, sizes: np.ndarray, last: int | None = None) -> np.ndarray:
-    """For each row of string numbers, or for its `last` ones, the sum of the strings' sizes."""
+    """For each row of string numbers, or for its `last` ones, the sum of the strings' sizes.
+
+    Rows of histories overlap. A difference of running sums takes the same time for each, however long it is.
+    """
     starts, ends = strings.starts, strings.ends
     if last is not None:
         starts = np.maximum(starts, ends - last)
