@@ -45,7 +45,8 @@ def new_cache(layers: Layers, columns: int) -> Cache:
 
 def cached_layers(cache: Cache, rows: list[int], columns: int) -> Layers:
     """A copy of what a cache holds of some rows, in its first columns."""
-    return [(layer.keys[rows, :, :columns], layer.values[rows, :, :columns]) for layer in cache.layers]
+    kept = (rows, slice(None), slice(columns))  # [rows, :, :columns]; indexing by a list copies
+    return [(layer.keys[kept], layer.values[kept]) for layer in cache.layers]
 
 
 class PrefixCache:
@@ -68,15 +69,16 @@ class PrefixCache:
         """
         length, layers = 0, []
         for kept, kept_layers in self.rows:
-            shared = len(os.path.commonprefix([row[:-1], kept]))  # it compares any sequences, not just paths
-            if shared > length:
-                length, layers = shared, kept_layers
+            shared = os.path.commonprefix([row[:-1], kept])  # it compares any sequences, not just paths
+            if len(shared) > length:
+                length, layers = len(shared), kept_layers
         return [(keys[:, :, :length], values[:, :, :length]) for keys, values in layers]
 
     def keep(self, row: list[Token], layers: Layers) -> None:
         """Keep a row in the place of those that it continues, else of the oldest."""
-        others = [kept for kept in self.rows if kept[0] != row[: len(kept[0])]]
-        self.rows = [*others, (row, layers)][-self.size :]
+        others = [(kept, of_kept) for kept, of_kept in self.rows if row[: len(kept)] != kept]
+        rows = [*others, (row, layers)]  # oldest first
+        self.rows = rows[-self.size :]
 
 
 class DecodeState:
@@ -105,7 +107,7 @@ class DecodeState:
         """Compute the first tokens and make `copies` rows of each; the hidden state of each row's last token (R, D)."""
         hidden = self.extend_to(rows)
         self.prefix_columns = self.width
-        if copies > 1:
+        if copies > 1:  # only now: until here they are the same
             repeated = [row for row in range(len(rows)) for _ in range(copies)]
             self.rewind(repeated)
             hidden = hidden[repeated]
@@ -113,7 +115,9 @@ class DecodeState:
 
     def rewind(self, rows: list[int]) -> None:
         """Take these rows in the place of all, as they were after `prefill`."""
-        self.cache = new_cache(cached_layers(self.cache, rows, self.prefix_columns), self.real.shape[1])
+        columns = self.real.shape[1]
+        layers = cached_layers(self.cache, rows, self.prefix_columns)
+        self.cache = new_cache(layers, columns)
         self.real = self.real[rows]
         self.real[:, self.prefix_columns :] = False
 
@@ -121,24 +125,37 @@ class DecodeState:
         """Let each row go on from the row given for it, whose prefix is the same: that is not copied."""
         new = slice(self.prefix_columns, self.width)
         for layer in self.cache.layers:
-            layer.keys[:, :, new], layer.values[:, :, new] = layer.keys[rows, :, new], layer.values[rows, :, new]
+            keys = layer.keys[:, :, new]  # a view, as below: what is assigned to it stands in the cache
+            keys[:] = keys[rows]
+            values = layer.values[:, :, new]
+            values[:] = values[rows]
+        # `real` stays: the rows of one prefix have their tokens in the same columns.
 
     def extend_to(self, rows: list[list[Token]]) -> Tensor:
         """Compute the tokens that are new in each row; the hidden state of its last new one, if it has any (R, D)."""
-        device, padding = self.model.device, (self.model.ids.pad, self.model.ids.pad)
-        new = [row[length:] for row, length in zip(rows, self.real.sum(1).tolist(), strict=True)]
+        device = self.model.device
+        pad = self.model.ids.pad
+        padding = [(pad, pad)]
+        computed = self.real.sum(1).tolist()
+        new = [row[length:] for row, length in zip(rows, computed, strict=True)]
         longest = max(map(len, new))
-        padded = torch.tensor([row + [padding] * (longest - len(row)) for row in new], device=device)
-        tokens, types = padded.unbind(-1)  # (R, T)
-        real = types != self.model.ids.pad  # a token's type is a speaker
+        padded = [row + padding * (longest - len(row)) for row in new]
+        tokens, types = torch.tensor(padded, device=device).unbind(-1)  # (R, T)
+        real = types != pad  # a token's type is a speaker
         columns = slice(self.width, self.width + longest)
         self.real[:, columns] = real
-        causal = torch.ones(longest, self.real.shape[1], dtype=torch.bool, device=device).tril(self.width)
-        last = torch.arange(0, real.numel(), longest, device=device) + (real.sum(1) - 1).clamp(min=0)  # flat, in (R*T)
+        # A row's tokens are numbered without the padding between them, so no position depends on the other rows.
+        positions = self.real.cumsum(1)[:, columns] - 1
+        # Also over the columns that are still empty: the cache's layers are of their full size from the start.
+        causal = torch.ones(longest, self.real.shape[1], dtype=torch.bool, device=device)
+        causal = causal.tril(self.width)
+        row_starts = torch.arange(0, real.numel(), longest, device=device)
+        last_places = (real.sum(1) - 1).clamp(min=0)  # of a row without new tokens, any
+        last = row_starts + last_places  # flat, in (R*T)
         hidden = self.model.run_body(
             tokens,
             types,
-            positions=self.real.cumsum(1)[:, columns] - 1,
+            positions=positions,
             visible=self.real[:, None] & causal,  # (R, T, S)
             needed=last,
             cache=self.cache,
@@ -151,8 +168,12 @@ def last_hidden(model: DialogModel, rows: list[list[Token]]) -> Tensor:
 
     A row is computed whole each time, and alone, since such an architecture may not be exact with padding either.
     """
-    inputs = [torch.tensor([row], device=model.device).unbind(-1) for row in rows]
-    return torch.cat([model.body(inputs_embeds=model.embed(*row), use_cache=False)[0][:, -1] for row in inputs])
+    last = []
+    for row in rows:
+        tokens, types = torch.tensor([row], device=model.device).unbind(-1)  # (1, T)
+        hidden = model.body(inputs_embeds=model.embed(tokens, types), use_cache=False)[0]  # (1, T, D)
+        last.append(hidden[:, -1])
+    return torch.cat(last)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,23 +203,27 @@ class Generation:
         prefix_cache: PrefixCache | None = None,
     ):
         self.model, self.prefixes, self.decoding = model, prefixes, decoding
+        # For one prefix alone: those of a batch would share beginnings of different length with the rows kept.
         self.prefix_cache = prefix_cache if len(prefixes) == 1 and model.packed else None
-        self.rows = [
-            Row(list(zip(*prefix, strict=True)), generator)
-            for prefix, generator in zip(prefixes, generators, strict=True)
-            for _ in range(max(decoding.n_replies, decoding.num_beams))
-        ]
-        self.beams = [Beams(decoding) for _ in prefixes] if decoding.num_beams > 1 else []  # until the search ends
+        copies = max(decoding.n_replies, decoding.num_beams)
+        self.rows = []
+        for (tokens, types), generator in zip(prefixes, generators, strict=True):
+            prefix = list(zip(tokens, types, strict=True))
+            self.rows += [Row(prefix, generator) for _ in range(copies)]
+        self.beams = []  # of each prefix, until the search ends
+        if decoding.num_beams > 1:
+            self.beams = [Beams(decoding) for _ in prefixes]
         self.state: DecodeState | None = None
         self.ranked: list[list[Reply]] | None = None
 
     @property
     def replies(self) -> list[list[Reply]]:
         """The replies to each prefix as far as they are drawn, in the order of their rows."""
-        replies, n = [row.reply for row in self.rows], self.decoding.n_replies
+        n = self.decoding.n_replies
         if self.beams:
             return [[beams.agreed()] * n for beams in self.beams]
-        return [replies[i : i + n] for i in range(0, len(replies), n)]
+        replies = [row.reply for row in self.rows]
+        return [replies[first : first + n] for first in range(0, len(replies), n)]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[Reply]]]:
@@ -221,15 +246,17 @@ class Generation:
 
     def _end_search(self) -> None:
         """Put the best replies of each prefix in the place of the beams."""
-        if self.beams:
-            size, n = self.decoding.num_beams, self.decoding.n_replies
-            for first, beams in zip(range(0, len(self.rows), size), self.beams, strict=True):
-                for row, reply in zip(self.rows[first : first + n], beams.best(n), strict=True):
-                    row.reply = reply
-            kept = [row for row in range(len(self.rows)) if row % size < n]
-            self.rows, self.beams = [self.rows[row] for row in kept], []
-            if self.state is not None:
-                self.state.rewind(kept)
+        if not self.beams:
+            return
+        size, n = self.decoding.num_beams, self.decoding.n_replies
+        kept = [row for row in range(len(self.rows)) if row % size < n]  # the first n of each prefix
+        self.rows = [self.rows[row] for row in kept]
+        best = [reply for beams in self.beams for reply in beams.best(n)]
+        for row, reply in zip(self.rows, best, strict=True):
+            row.reply = reply
+        self.beams = []
+        if self.state is not None:  # the best may have ended many steps ago: their keys and values are overwritten
+            self.state.rewind(kept)
 
     @torch.inference_mode()
     def finish(self) -> list[list[Reply]]:
@@ -237,7 +264,8 @@ class Generation:
         if self.ranked is None:
             self._end_search()
             # The head reads the hidden state at a reply's <eos>. Here all of them are computed, in one pass.
-            scores = self.model.lm.multiple_choice_head(self._hidden(self.model.ids.eos))[:, 0]
+            ends = self._hidden(self.model.ids.eos)
+            scores = self.model.lm.multiple_choice_head(ends)[:, 0]
             for row, score in zip(self.rows, scores.tolist(), strict=True):
                 row.reply = replace(row.reply, mc_score=score)
             self.ranked = [rank_replies(replies, self.decoding.rerank) for replies in self.replies]
@@ -254,14 +282,16 @@ class Generation:
             return last_hidden(self.model, rows)
         if self.state is not None:
             return self.state.extend_to(rows)
-        copies, columns = len(rows) // len(self.prefixes), max(map(len, rows)) + self.decoding.max_length + 1  # <eos>
+        copies = len(rows) // len(self.prefixes)
+        columns = max(map(len, rows)) + self.decoding.max_length + 1  # <eos>
         layers = self.prefix_cache.longest_match(rows[0]) if self.prefix_cache else ()
         self.state = DecodeState(self.model, len(self.prefixes), columns, layers)
         return self.state.prefill(rows[::copies], copies)
 
     def _tokens(self, row: Row, *ending: int) -> list[Token]:
         speaker = self.model.ids.speaker1
-        return row.prefix + [(token, speaker) for token in (*row.reply.tokens, *ending)]
+        reply = [*row.reply.tokens, *ending]
+        return row.prefix + [(token, speaker) for token in reply]
 
 
 def generate_replies(
