@@ -76,8 +76,10 @@ class DialogTokenizer:
         if token_types is None:
             token_types = hf.init_kwargs.get("token_types", self.fine_tuned or base_types)
         hf.init_kwargs["token_types"] = token_types
-        known, none = hf.get_vocab(), dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
-        self.own_special = none | hf.special_tokens_map  # those that the model's chat template was written with
+        # Those that the model's chat template was written with; a template may write one that a model has not.
+        none = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
+        self.own_special = none | hf.special_tokens_map
+        known = hf.get_vocab()
         hf.add_special_tokens(SPECIAL_TOKENS)
         if self.pre_tokenizer == "spacy":
             self._use_words_as_they_are()
@@ -111,8 +113,9 @@ class DialogTokenizer:
         return asked
 
     def __len__(self) -> int:
-        """The number of rows an embedding needs for every id of this tokenizer."""
-        return max(len(self.hf), max(self.hf.get_vocab().values()) + 1)
+        """The number of rows an embedding needs for every id of this tokenizer. Ids may have gaps."""
+        top = max(self.hf.get_vocab().values())
+        return max(len(self.hf), top + 1)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text. Special tokens in a text are read as text, so none comes out."""
@@ -126,15 +129,17 @@ class DialogTokenizer:
 
     def encode_inside(self, words: list[str]) -> list[list[int]]:
         """Token ids of words in mid-sentence. Byte-level BPEs encode " word" differently from "word"."""
-        before = self.encode(["a"])[0]
-        return [ids[len(before) :] for ids in self.encode([f"a {word}" for word in words])]
+        (before,) = self.encode(["a"])
+        texts = [f"a {word}" for word in words]
+        return [ids[len(before) :] for ids in self.encode(texts)]
 
     def encode_persona(self, sentences: list[str]) -> list[list[int]]:
         """The ids of each sentence of a persona. Without token types they are those of one text with spaces between:
         a chat template knows no other."""
         if self.ids.token_types:
             return self.encode(sentences)
-        return self.encode(sentences[:1]) + self.encode_inside(sentences[1:])
+        first, later = sentences[:1], sentences[1:]
+        return self.encode(first) + self.encode_inside(later)
 
     def first_bare_token(self, word: str) -> int:
         """The first token of a word that BPE merges as it stands, not split before; -1 where there is none.
@@ -147,7 +152,8 @@ class DialogTokenizer:
             return first.id
         if self.hf.unk_token_id is not None:  # a sign that the vocabulary lacks; tokenizers may leave it out
             return self.hf.unk_token_id
-        return next(iter(self.encode([word])[0]), -1)
+        (ids,) = self.encode([word])
+        return next(iter(ids), -1)
 
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens and control characters."""
@@ -156,12 +162,15 @@ class DialogTokenizer:
     def decode_start(self, ids: list[int]) -> str:
         """The start of `decode(ids + more)` that is the same whatever ids come after: what can be shown already."""
         raw = self._raw(ids).rstrip("\ufffd")  # the first bytes of a character
-        return os.path.commonprefix([detokenize(raw + more) for more in CONTINUATIONS])
+        # Detokenising joins "do n't" and "hello ." again, so what comes next decides about the space before it.
+        texts = [detokenize(raw + more) for more in CONTINUATIONS]
+        return os.path.commonprefix(texts)
 
     def _raw(self, ids: list[int]) -> str:
         ids = [i for i in ids if i not in self.ids.all]
         with self._explained():
-            return printable(self.hf.decode(ids, clean_up_tokenization_spaces=False))
+            text = self.hf.decode(ids, clean_up_tokenization_spaces=False)
+        return printable(text)
 
     def _explained(self):
         """What the library cannot do with a text, by the rules of this tokenizer, is told in one line."""
@@ -171,7 +180,9 @@ class DialogTokenizer:
         """Changes whenever the ids of some text could change."""
         backend = getattr(self.hf, "backend_tokenizer", None)
         rules = backend.to_str() if backend else json.dumps(self.hf.get_vocab(), sort_keys=True)
-        return hashlib.sha256(f"{self.pre_tokenizer}{rules}".encode()).hexdigest()
+        # spaCy's cuts are ours, and stand in no rule of the library's.
+        content = f"{self.pre_tokenizer}{rules}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         self.hf.save_pretrained(folder)
@@ -234,15 +245,17 @@ def check_vocabulary(hf, files: ModelFiles) -> None:
 
     An embedding may have more rows than there are tokens, but not twice as many.
     """
-    top, size = max(hf.get_vocab().values(), default=0), len(hf.get_vocab())
+    vocabulary = hf.get_vocab()
+    size = len(vocabulary)
+    top = max(vocabulary.values(), default=0)
     if not 0 <= top < 2 * size + 1000:  # the embedding needs a row for each id up to it
         raise UserError(f"the tokenizer in {files.folder} has an id of {top} for {size} tokens; expected them in a row")
-    words = len(hf.get_vocab().keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
+    words = len(vocabulary.keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
     rows = load_config(files).get_text_config().vocab_size if files.has_weights else 0
     if not words or 2 * len(hf) < rows:
-        size = f"has {words} tokens for an embedding of {rows}" if words else "is empty"
+        found = f"has {words} tokens for an embedding of {rows}" if words else "is empty"
         raise UserError(
-            f"the tokenizer in {files.folder} {size}; copy that of the base model into it "
+            f"the tokenizer in {files.folder} {found}; copy that of the base model into it "
             "(tokenizer.json, or vocab.json and merges.txt)"
         )
 
@@ -317,6 +330,16 @@ class Views:
         return self.values[self.starts[row] : self.ends[row]]
 
 
+def ragged(arrays: dict[str, np.ndarray], name: str) -> Ragged:
+    """Rows of different length by their name in a cache file, where each of their arrays has its own."""
+    return Ragged(arrays[f"{name}_offsets"], arrays[name])
+
+
+def ragged_arrays(rows: Ragged, name: str) -> dict[str, np.ndarray]:
+    """What `ragged` reads."""
+    return {f"{name}_offsets": np.asarray(rows.offsets), name: np.asarray(rows.values)}
+
+
 class Split:
     """One split of a tokenised dataset.
 
@@ -331,10 +354,12 @@ class Split:
         self.texts = Ragged(arrays["text_offsets"], arrays["texts"])
         self.sizes = self.tokens.sizes  # tokens of each string
         self.dialogs = arrays[f"{split}.dialogs"]
-        self.persona, self.candidates, self.alternatives = (
-            Ragged(arrays[f"{split}.{name}_offsets"], arrays[f"{split}.{name}"]) for name in LISTS
+        self.persona, self.candidates, self.alternatives = (ragged(arrays, f"{split}.{name}") for name in LISTS)
+        self.history = Views(
+            starts=arrays[f"{split}.history_starts"],
+            ends=arrays[f"{split}.history_ends"],
+            values=arrays[f"{split}.history_values"],
         )
-        self.history = Views(*(arrays[f"{split}.history_{name}"] for name in ("starts", "ends", "values")))
 
     def __len__(self) -> int:
         return len(self.dialogs)
@@ -346,13 +371,14 @@ class Split:
         return self.texts[string].tobytes().decode()
 
     def persona_texts(self, utterance: int) -> list[str]:
-        return list(map(self.text, self.persona[self.dialogs[utterance]]))
+        dialog = self.dialogs[utterance]
+        return [self.text(string) for string in self.persona[dialog]]
 
     def history_texts(self, utterance: int) -> list[str]:
-        return list(map(self.text, self.history[utterance]))
+        return [self.text(string) for string in self.history[utterance]]
 
     def candidate_texts(self, utterance: int) -> list[str]:
-        return list(map(self.text, self.candidates[utterance]))
+        return [self.text(string) for string in self.candidates[utterance]]
 
     def gold_text(self, utterance: int) -> str:
         return self.text(self.candidates[utterance][-1])
@@ -368,7 +394,8 @@ class Split:
         """
         rows = Ragged()
         for right, candidates in zip(self.alternatives, self.candidates, strict=True):
-            rows.append([*candidates[:-1], *right, candidates[-1]])
+            *distractors, gold = candidates
+            rows.append([*distractors, *right, gold])
         other = copy(self)
         other.candidates = Ragged(np.asarray(rows.offsets), np.asarray(rows.values))
         return other
@@ -388,6 +415,7 @@ def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progr
     content = json.dumps([CACHE_VERSION, dialogs.digest, tokenizer.fingerprint()])
     key = hashlib.sha256(content.encode()).hexdigest()
     path = path.with_name(f"{path.stem}_{key[:12]}{path.suffix}")
+    # Of a node's processes one tokenises, and the others wait for it.
     with lock(path):
         remove_unfinished(path.parent, f"{UNFINISHED}{path.name}.")
         arrays = read_cache(path, key)
@@ -407,28 +435,31 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
         bar = progress_bar(split_dialogs, f"read {split}", unit=" dialogs", disable=not progress)
         arrays |= number_strings(split, bar, numbers)
         name = f"{split}.candidates"
-        candidates = with_distractors(Ragged(arrays[f"{name}_offsets"], arrays[name]))
-        arrays |= {f"{name}_offsets": candidates.offsets, name: candidates.values}
+        candidates = with_distractors(ragged(arrays, name))
+        arrays |= ragged_arrays(candidates, name)
     del dialogs.splits  # what was parsed: from here on the distinct strings are enough
     if not len(arrays["valid.dialogs"]):
         raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
     tokens = Ragged()
     strings = iter(progress_bar(numbers, "tokenise", unit=" strings", disable=not progress))
+    # In chunks: the library works on many texts in parallel, and Python's lists of all their ids would fill memory.
     while chunk := list(islice(strings, 4096)):
         for ids in tokenizer.encode(chunk):
             tokens.append(ids)
     texts = [string.encode("utf-8", "replace") for string in numbers]
+    text_offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     return arrays | {
         "tokens": np.asarray(tokens.values),
         "token_offsets": np.asarray(tokens.offsets),
         "texts": np.frombuffer(b"".join(texts), np.uint8),
-        "text_offsets": np.cumsum([0, *map(len, texts)], dtype=np.int64),
+        "text_offsets": text_offsets,
     }
 
 
 def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int]) -> dict[str, np.ndarray]:
     """A split's arrays: its texts as string numbers, of which a new string gets the next in `numbers`."""
-    owners, lists = array("i"), {name: Ragged() for name in LISTS}
+    owners = array("i")  # of each utterance its dialog
+    lists = {name: Ragged() for name in LISTS}
     history = Views(starts=array("q"), ends=array("q"), values=array("i"))
 
     def number(texts: Sequence[str]) -> list[int]:
@@ -441,16 +472,20 @@ def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int
             owners.append(count)
             if not goes_on(utterance.history, before):
                 before, start = [], len(history.values)
-            history.values.extend(number(utterance.history[len(before) :]))
+            # Only what is new is stored: a history that goes on begins at the same place, and ends later.
+            added = utterance.history[len(before) :]
+            history.values.extend(number(added))
             history.starts.append(start)
             history.ends.append(len(history.values))
             before = utterance.history
             lists["candidates"].append(number(utterance.candidates))
             lists["alternatives"].append(number(utterance.alternatives))
-    columns = {"dialogs": owners} | {f"history_{name}": column for name, column in vars(history).items()}
-    for name, ragged in lists.items():
-        columns |= {name: ragged.values, f"{name}_offsets": ragged.offsets}
-    return {f"{split}.{name}": np.asarray(column) for name, column in columns.items()}
+    arrays = {f"{split}.dialogs": np.asarray(owners)}
+    for name, column in vars(history).items():
+        arrays[f"{split}.history_{name}"] = np.asarray(column)
+    for name, rows in lists.items():
+        arrays |= ragged_arrays(rows, f"{split}.{name}")
+    return arrays
 
 
 def goes_on(history: Sequence[str], before: Sequence[str]) -> bool:
@@ -465,31 +500,40 @@ def goes_on(history: Sequence[str], before: Sequence[str]) -> bool:
 
 def with_distractors(candidates: Ragged) -> Ragged:
     """Give every utterance that has only its gold reply distinct distractors drawn from the other gold replies."""
-    gold = np.asarray(candidates.values)[np.asarray(candidates.offsets)[1:] - 1]
+    gold = candidates.values[candidates.ends - 1]
     alone = candidates.sizes == 1
     drawn = draw_distractors(gold[alone], np.unique(gold))  # (A, n)
     sizes = candidates.sizes + drawn.shape[1] * alone
     offsets = np.concatenate([[0], np.cumsum(sizes)])
+    # Of each place in the new rows, whether it holds a candidate that was there, or one drawn.
     given = np.repeat(~alone, sizes)
     given[offsets[1:] - 1] = True  # the gold replies, each in its row's last place
     values = np.empty(len(given), np.int32)
-    values[given], values[~given] = candidates.values, drawn.ravel()
+    values[given] = candidates.values
+    values[~given] = drawn.ravel()
     return Ragged(offsets, values)
 
 
 def draw_distractors(gold: np.ndarray, pool: np.ndarray) -> np.ndarray:
     """Up to `N_DISTRACTORS` distinct replies from `pool` for each of A gold replies, never the same one: (A, n)."""
     rng = np.random.default_rng(SPLIT_SEED)
-    drawn = np.empty((len(gold), max(0, min(N_DISTRACTORS, len(pool) - 1))), pool.dtype)
+    count = min(N_DISTRACTORS, len(pool) - 1)
+    drawn = np.empty((len(gold), max(count, 0)), pool.dtype)
     if len(pool) < 4 * N_DISTRACTORS:  # few replies: draw without replacement
         for row, own in zip(drawn, gold, strict=True):
-            row[:] = rng.permutation(pool[pool != own])[: len(row)]
+            others = pool[pool != own]
+            row[:] = rng.permutation(others)[: len(row)]
         return drawn
+    # Many: draw freely, and again where a row holds a reply twice or its own gold reply. A permutation of them for
+    # each row would take time that grows with the square of their number.
     redo = np.arange(len(gold))
-    while len(redo):  # many: draw freely, and again where a row holds a reply twice or its own gold reply
-        drawn[redo] = pool[rng.integers(len(pool), size=drawn[redo].shape)]
+    while len(redo):
+        places = rng.integers(len(pool), size=drawn[redo].shape)
+        drawn[redo] = pool[places]
         rows = np.sort(drawn[redo], axis=1)
-        redo = redo[(rows[:, 1:] == rows[:, :-1]).any(axis=1) | (rows == gold[redo, None]).any(axis=1)]
+        twice = (rows[:, 1:] == rows[:, :-1]).any(axis=1)
+        holds_gold = (rows == gold[redo, None]).any(axis=1)
+        redo = redo[twice | holds_gold]
     return drawn
 
 
