@@ -82,26 +82,33 @@ class StepSampler:
         self.sizes, self.size = np.asarray(sizes), int(np.sum(sizes))
         self.step_size, self.seed = step_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = 0, 0  # the epoch's first `start` replies are left out: steps have seen them
+        self.epoch = 0
+        self.start = 0  # the epoch's first so many replies are left out: steps before a checkpoint have seen them
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.step_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.sizes))
         ends = np.cumsum(self.sizes[order]) - self.start
         steps = np.ceil(ends / self.step_size).astype(int)  # from 1; of what was seen already 0 or less
-        bounds = np.searchsorted(steps, np.arange(1, self.steps_left() + 2))
-        return iter([order[i:j][self.rank :: self.world_size].tolist() for i, j in pairwise(bounds)])
+        # Both are sorted, so the rows of a step stand together.
+        numbers = np.arange(1, self.steps_left() + 2)
+        bounds = np.searchsorted(steps, numbers)
+        shares = [order[i:j][self.rank :: self.world_size] for i, j in pairwise(bounds)]
+        return iter([share.tolist() for share in shares])
 
     def steps_left(self) -> int:
         """Steps from `start` to the epoch's end."""
-        return math.ceil((self.size - self.start) / self.step_size)
+        left = self.size - self.start
+        return math.ceil(left / self.step_size)
 
 
 def row_size(row: Instance | DialogRow) -> int:
     """Tokens of a row."""
-    return len(row.trunk) + sum(len(branch.tokens) for reply in row.replies for branch in reply.candidates)
+    branches = [branch for reply in row.replies for branch in reply.candidates]
+    return len(row.trunk) + sum(len(branch.tokens) for branch in branches)
 
 
 def collate_step(
@@ -115,10 +122,12 @@ def collate_step(
     """
     weight = 1 if rows else 0
     rows = sorted(rows or [filler], key=row_size)
-    last_replies = np.cumsum([len(row.replies) for row in rows])
-    numbers = ((last_replies - 1) // batch_size).tolist()  # of the micro-batch
+    # A row goes where its last reply falls, as in a step.
+    last_replies = np.cumsum([len(row.replies) for row in rows]) - 1
+    numbers = (last_replies // batch_size).tolist()  # of the micro-batch
     batches = groupby(zip(numbers, rows, strict=True), key=itemgetter(0))
-    return [collate([row for _, row in batch], ids) for _, batch in batches], weight
+    batches = [[row for _, row in batch] for _, batch in batches]
+    return [collate(batch, ids) for batch in batches], weight
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,7 +154,11 @@ class Learner:
         if settings.lora:
             model.add_adapter(settings.lora, settings.lora_alpha)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]  # what the optimiser works on
-        self.autocast_to = torch.float16 if settings.fp16 == "O1" else torch.bfloat16 if settings.bf16 else None
+        self.autocast_to = None
+        if settings.fp16 == "O1":
+            self.autocast_to = torch.float16
+        elif settings.bf16:
+            self.autocast_to = torch.bfloat16
         if settings.lora and settings.bf16:
             for weight in model.parameters():
                 if not weight.requires_grad and weight.ndim > 1:
@@ -175,12 +188,14 @@ class Learner:
 
     def synchronised(self, last: bool):
         """Skip DDP's gradient all-reduce on all but the last micro-batch of a step."""
-        return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
+        alone = self.parallel is self.model
+        return contextlib.nullcontext() if last or alone else self.parallel.no_sync()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Undo the loss scale and clip to `max_norm`; the norm before. Nothing here waits for the device."""
         if self.has_masters:
             for master, weight in zip(self.weights, self.model.parameters(), strict=True):
+                # None stays None: AdamW leaves such a weight alone, where zeros would still move it by its momentum.
                 master.grad = None if weight.grad is None else weight.grad.float()
         self.scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.weights, max_norm)
@@ -190,6 +205,7 @@ class Learner:
 
         Which of both it is, the device knows: a fused optimiser reads there that it is to change nothing.
         """
+        # GradScaler.step would set this attribute by the gradients alone, and where there is no scaler not at all.
         self.optimizer.found_inf = 1 - finite.float()
         self.optimizer.step()
         self.scaler.update()
@@ -202,9 +218,10 @@ class Learner:
 
     def trained(self) -> dict[str, Tensor]:
         """The model's state without what is frozen, which is as it was loaded."""
-        parameters = self.model.named_parameters(remove_duplicate=False)
+        parameters = self.model.named_parameters(remove_duplicate=False)  # tied weights under all of their names
         frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        state = self.model.state_dict()
+        return {name: value for name, value in state.items() if name not in frozen}
 
     def state_dict(self) -> dict:
         return {
@@ -215,7 +232,9 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(self.model.state_dict() | state["model"])
+        # What is frozen is not in the checkpoint, and a load wants a whole state.
+        whole = self.model.state_dict() | state["model"]
+        self.model.load_state_dict(whole)
         with torch.no_grad():
             for master, saved in zip(self.weights, state["masters"], strict=False):  # none are saved but in O2
                 master.copy_(saved)
@@ -252,10 +271,14 @@ def accumulate_gradients(
             batch = batch.to(learner.device)
             with learner.autocast():
                 output = learner.parallel(batch)
+            gold = batch.n_candidates - 1  # the last candidate
+            mc_nll = F.cross_entropy(output.mc_logits, gold, reduction="sum")
+            # Sums, not means: the weights make them parts of the step's means, whatever is in this micro-batch.
             lm_part = lm_weight * output.lm_nll.sum()
-            mc_part = mc_weight * F.cross_entropy(output.mc_logits, batch.n_candidates - 1, reduction="sum")
+            mc_part = mc_weight * mc_nll
+            loss = settings.lm_coef * lm_part + settings.mc_coef * mc_part
             # DDP averages gradients over the processes where the losses are to be summed.
-            loss = idist.get_world_size() * (settings.lm_coef * lm_part + settings.mc_coef * mc_part)
+            loss = idist.get_world_size() * loss
             learner.scaler.scale(loss).backward()
         losses += torch.stack([lm_part, mc_part]).detach()
     return losses
@@ -272,11 +295,12 @@ def optimizer_step(
         Stopped: `stop` is true in a process. Nothing was computed yet.
     """
     # Both losses are means over the whole step: over accumulation and processes, weighted by tokens and utterances.
+    own_tokens = sum(len(batch.lm_labels) for batch in batches)
+    own_utterances = sum(len(batch.n_candidates) for batch in batches)
+    # `stop` goes along with the counts. A signal reaches processes at different times; one that ended a step before
+    # the others would leave them waiting for its gradients.
     tokens, utterances, stops = sum_over_processes(
-        weight * sum(len(batch.lm_labels) for batch in batches),
-        weight * sum(len(batch.n_candidates) for batch in batches),
-        stop,
-        device=learner.device,
+        weight * own_tokens, weight * own_utterances, stop, device=learner.device
     )
     if stops:
         raise Stopped
@@ -284,8 +308,10 @@ def optimizer_step(
     if idist.get_world_size() > 1:
         losses = idist.all_reduce(losses.double())
     norm = learner.clip_gradients(settings.max_norm)
-    learner.update((losses.sum() + norm).isfinite())
-    lm_loss, mc_loss, norm = torch.stack([*losses, norm.to(losses)]).tolist()  # all else is under way: now wait for it
+    finite = (losses.sum() + norm).isfinite()
+    learner.update(finite)
+    figures = torch.stack([*losses, norm.to(losses)])
+    lm_loss, mc_loss, norm = figures.tolist()  # all else is under way: now wait for it
     return {
         "loss": settings.lm_coef * lm_loss + settings.mc_coef * mc_loss,
         "lm_loss": lm_loss,
