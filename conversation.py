@@ -60,7 +60,8 @@ class Conversation:
         seed: int,
         prefix_cache: PrefixCache | None = None,
     ):
-        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.model, self.tokenizer = model, tokenizer
+        self.decoding = decoding
         self.persona = persona
         self.n_history = utterances_shown(max_history)
         self.forgotten = 0  # oldest utterances that are not shown any more
@@ -73,8 +74,10 @@ class Conversation:
     @property
     def truncation(self) -> str:
         """What of the last prefix did not fit the model, in words; "" where all of it did."""
+        if not self.truncated:
+            return ""
         parts = [f"{left_out} of the {size} tokens of {name}" for name, (left_out, size) in self.truncated.items()]
-        return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}" if parts else ""
+        return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}"
 
     @property
     def history(self) -> list[str]:
@@ -89,21 +92,21 @@ class Conversation:
 
     def record(self) -> dict:
         """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
-        messages = [
-            {"role": role, "content": text}
-            for turn in self.turns
-            for role, text in (("user", turn.text), ("assistant", turn.reply))
-            if text is not None
-        ]
+        messages = []
+        for turn in self.turns:
+            if turn.text is not None:
+                messages.append({"role": "user", "content": turn.text})
+            messages.append({"role": "assistant", "content": turn.reply})
         return {"personality": self.persona, "messages": messages}
 
     def resume(self, history: list[str]) -> None:
         """Put an earlier conversation, whose last utterance is the bot's, in the place of this one."""
-        texts = [None, *history] if len(history) % 2 else history
-        self.turns = [
-            Turn(text, reply, self.tokenizer.encode([reply] if text is None else [text, reply]))
-            for text, reply in zip(texts[::2], texts[1::2], strict=True)
-        ]
+        if len(history) % 2:  # the bot spoke first
+            history = [None, *history]
+        self.turns = []
+        for text, reply in zip(history[::2], history[1::2], strict=True):
+            said = [reply] if text is None else [text, reply]
+            self.turns.append(Turn(text, reply, self.tokenizer.encode(said)))
 
     def recent(self, history: list[list[int]], room: int) -> list[list[int]]:
         """The utterances (token ids) that are shown, in `room` tokens where all are to be.
@@ -115,32 +118,40 @@ class Conversation:
             return history[-self.n_history :]
         if self.forgotten >= len(history):  # turns were taken back
             self.forgotten = 0
-        size = sum(len(utterance) + 1 for utterance in history[self.forgotten :])
+        size = sum(len(utterance) + 1 for utterance in history[self.forgotten :])  # each after its speaker
         if size > room:
-            while size > room - self.model.limit // 4 and self.forgotten < len(history) - 1:
-                size -= len(history[self.forgotten]) + 1
+            room -= self.model.limit // 4
+            *earlier, _ = history  # the message, which is the last, stays
+            for utterance in earlier[self.forgotten :]:
+                if size <= room:
+                    break
+                size -= len(utterance) + 1
                 self.forgotten += 1
         return history[self.forgotten :]
 
     def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
         """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
-        history = [ids for turn in self.turns for ids in turn.ids] + [message]
-        limit = self.model.limit
-        # At most half of what the model takes: the rest is for what is replied to.
-        longest = min(self.decoding.max_length, limit // 2)
+        limit, ids = self.model.limit, self.model.ids
+        history = [utterance for turn in self.turns for utterance in turn.ids]
+        history.append(message)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
         whole = token_counts(persona, history[-self.n_history :], begun)
+        # A reply gets at most half of what the model takes, and its beginning a quarter: the rest is for what it
+        # answers.
+        longest = min(self.decoding.max_length, limit // 2)
         begun = begun[-limit // 4 :]
         room = len(begun) + longest  # for the reply
         taken = sum(map(len, persona)) + room + 3  # <bos>, the reply's speaker, <eos>
-        persona, history, room = truncate(persona, self.recent(history, limit - taken), room, limit)
+        history = self.recent(history, limit - taken)
+        persona, history, room = truncate(persona, history, room, limit)
         shown = token_counts(persona, history, begun)
-        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if shown[name] < size}
-        tokens, types = build_prefix(persona, history, self.model.ids)
-        types += [self.model.ids.speaker1] * len(begun)
-        prefix = [*tokens, *begun], types
+        left_out = {name: size - shown[name] for name, size in whole.items()}
+        self.truncated = {name: (count, whole[name]) for name, count in left_out.items() if count > 0}
+        tokens, types = build_prefix(persona, history, ids)
+        tokens += begun
+        types += [ids.speaker1] * len(begun)
         decoding = replace(self.decoding, max_length=max(room - len(begun), 1))
-        return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
+        return Generation(self.model, [(tokens, types)], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say `text`; yields the bot's reply piece by piece, and remembers the turn once it is whole.
@@ -150,17 +161,21 @@ class Conversation:
         at the end.
         """
         (message,) = self.tokenizer.encode([text])
-        generation, shown = self.generation(message), ""
+        generation = self.generation(message)
+        shown = ""
         for (replies,) in generation:
+            # Not `decode`: a character may be several tokens, and white space goes before some punctuation.
             start = self.tokenizer.decode_start(replies[0].tokens) if len(replies) == 1 else ""
             yield start[len(shown) :]
             shown = start
             if stopped():
                 break
-        candidates = distinct(generation.finish()[0], self.tokenizer.decode)
-        reply, best = next(iter(candidates.items()))
+        (ranked,) = generation.finish()
+        candidates = list(distinct(ranked, self.tokenizer.decode).items())
+        reply, best = candidates[0]
         if reply or not stopped():
-            self.turns.append(Turn(text, reply, [message, best.tokens], list(candidates.items())))
+            # The reply's own tokens, not its text's: the prefix cache holds those, and encoding may give others.
+            self.turns.append(Turn(text, reply, [message, best.tokens], candidates))
         yield reply[len(shown) :]
 
     def reply(self, text: str) -> str:
