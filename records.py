@@ -184,9 +184,9 @@ def messages_of(value: Any, where: str, notes: Notes) -> list[Message]:
     items = rows_of(value)
     if isinstance(items, str):
         return lines_of_chat(items)
-    items = flat(typed(items, list, where))
-    notes["messages without text"] += items.count(None)
-    return [message_of(item, f"{where}[{i}]", notes) for i, item in enumerate(items) if item is not None]
+    # A null is a turn without text: where turns alternate, it must not change whose the next ones are.
+    items = ["" if item is None else item for item in flat(typed(items, list, where))]
+    return [message_of(item, f"{where}[{i}]", notes) for i, item in enumerate(items)]
 
 
 def lines_of_chat(text: str) -> list[Message]:
@@ -200,7 +200,8 @@ def lines_of_chat(text: str) -> list[Message]:
 
 def flat(items: list) -> list:
     """Turns in one list, where they are given as [turn, answer] pairs or in lists of lists."""
-    if all(isinstance(item, list) and len(item) == 2 for item in items) and are_speakers([item[0] for item in items]):
+    pairs = [item for item in items if item is not None]
+    if all(isinstance(item, list) and len(item) == 2 for item in pairs) and are_speakers([item[0] for item in pairs]):
         return items
     return list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items))
 

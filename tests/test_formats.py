@@ -106,7 +106,13 @@ ODD = {
         lines({"dialog": [{"speaker": False, "text": "hi"}, {"speaker": True, "text": "hello"}]}),
         [([], [HELLO])],
     ),
+    "speakers by the numbers of people": (
+        lines({"dialog": [{"speaker_id": 12, "text": "hi"}, {"speaker_id": 7, "text": "hello"}]}),
+        [([], [HELLO])],
+    ),
     # nothing in a list is nothing
+    "a null among turns that alternate": (lines({"dialog": ["hi", None, "there", "hello"]}), [([], [(["hi there"], ["hello"], [])])]),
+    "a null among pairs": (lines({"dialog": [["user", "hi"], None, ["bot", "hello"]]}), [([], [HELLO])]),
     "a null in messages": (
         lines({"messages": [*chat("role", "content")[:1], None, *chat("role", "content")[1:]]}),
         [([], [HELLO])],
