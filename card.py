@@ -83,8 +83,8 @@ reply = model.generate(**row, max_new_tokens=20, do_sample=False)[0, row["input_
 print(tokenizer.decode(reply, skip_special_tokens=True))
 ```
 
-The chat template gives the tokens that the model was trained on: they were compared on up to 200 dialogs of the
-validation split. So engines that read it serve this folder as it is:
+The chat template gives the tokens that the model was trained on: they were compared on the first replies of
+the validation split. So engines that read it serve this folder as it is:
 
 ```bash
 vllm serve .

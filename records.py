@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from turns import (
+    PERSONA_LINE,
     ROLE_OF,
     SIDES,
     SILENCE,
@@ -65,6 +66,7 @@ TELLING = re.compile(
 )
 MEANT = {word for name in ("history", "turns", "prompt", "input") for word in SYNONYMS[name]}
 
+UNSPOKEN = re.compile(f"{SILENCE.pattern}|{PERSONA_LINE.pattern}", re.I)  # what a history may hold beside utterances
 NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets nested too deep
 FORMATS = "expected PersonaChat JSON, JSON lines, CSV, parquet or ParlAI text (see 'Data formats' in the README)"
 
@@ -184,9 +186,9 @@ def messages_of(value: Any, where: str, notes: Notes) -> list[Message]:
     items = rows_of(value)
     if isinstance(items, str):
         return lines_of_chat(items)
-    items = flat(typed(items, list, where))
-    notes["messages without text"] += items.count(None)
-    return [message_of(item, f"{where}[{i}]", notes) for i, item in enumerate(items) if item is not None]
+    # A null is a turn without text: where turns alternate, it must not change whose the next ones are.
+    items = ["" if item is None else item for item in flat(typed(items, list, where))]
+    return [message_of(item, f"{where}[{i}]", notes) for i, item in enumerate(items)]
 
 
 def lines_of_chat(text: str) -> list[Message]:
@@ -200,7 +202,8 @@ def lines_of_chat(text: str) -> list[Message]:
 
 def flat(items: list) -> list:
     """Turns in one list, where they are given as [turn, answer] pairs or in lists of lists."""
-    if all(isinstance(item, list) and len(item) == 2 for item in items) and are_speakers([item[0] for item in items]):
+    pairs = [item for item in items if item is not None]
+    if all(isinstance(item, list) and len(item) == 2 for item in pairs) and are_speakers([item[0] for item in pairs]):
         return items
     return list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items))
 
@@ -267,6 +270,7 @@ def read_chat(fields: Fields, notes: Notes) -> Dialog:
     items = rows_of(fields.get("turns", []))
     if items and isinstance(items, list) and isinstance(items[0], dict) and is_utterance(Fields(items[0])):
         rows = [read_utterance(Fields(item, f"{where}[{i}]"), notes) for i, item in enumerate(items)]
+        personality = personality or next((row.personality for row in rows if row.personality), [])
         return Dialog(personality, [utterance for row in rows for utterance in row.utterances])
     messages = messages_of(items, where, notes)
     acts = fields.record.get(fields.key("history"))
@@ -307,7 +311,7 @@ def read_history(fields: Fields, notes: Notes) -> tuple[list[str], list[str]]:
     if not fields.has("history"):
         raise ValueError(f"Object missing required field `history` - at `{fields.where}`")
     history = rows_of(fields.get("history", []))
-    if isinstance(history, list) and all(isinstance(text, str) and not SILENCE.fullmatch(text) for text in history):
+    if isinstance(history, list) and all(isinstance(text, str) and not UNSPOKEN.match(text) for text in history):
         return [], history  # nearly always; a dataset has a million of them
     messages = before_reply(messages_of(history, fields.place("history"), notes))
     persona, spoken = spoken_in(with_roles(messages), notes)
@@ -338,13 +342,17 @@ def read_pair(fields: Fields, notes: Notes) -> Dialog:
 
 
 def told(fields: Fields, name: str, notes: Notes) -> str | list[Message]:
-    """The text that a key holds, or its messages. A text that looks like a list of anything else is a text."""
+    """The text that a key holds, or its messages. A text that looks like a list of anything else is a text.
+
+    The text of a history is a line a turn, where that of a context is what the message is about.
+    """
     value, where = fields.get(name, ""), fields.place(name)
     if isinstance(value, dict):
         value = [value]
     found = unpacked(value)
     listed = isinstance(found, list) and all(isinstance(item, dict) and Fields(item).has("content") for item in found)
-    if isinstance(value, list) or (listed and found):
+    turns = name == "history" and "history" in fields.keys
+    if turns or isinstance(value, list) or (listed and found):
         return messages_of(found, where, notes)
     return text_of(value, where, notes)
 
@@ -363,8 +371,8 @@ RECORDS = [
     (("turns",), read_chat),
     (("history", "candidates"), read_utterance),
     (("prompt", "reply"), read_pair),
-    (("history", "reply"), read_utterance),
     (("input", "reply"), read_pair),
+    (("history", "reply"), read_utterance),
 ]
 EXPECTED = (
     "a dialog needs one of the keys utterances, dialog or messages, history and candidates, or prompt and completion"

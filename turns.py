@@ -154,8 +154,8 @@ def before_reply(messages: list[Message]) -> list[Message]:
 def roles_of(speakers: list[str | None]) -> dict[str | None, str | None]:
     """The role of each speaker, in the order in which they first speak.
 
-    Where no name tells who the assistant is, it is the second to speak, or the second by number. Where names tell both
-    sides, others have no part in the dialog, and are left as they are.
+    Where no name tells who the assistant is, it is the second to speak, or the second by number where numbers count
+    the speakers. Where names tell both sides, others have no part in the dialog, and are left as they are.
     """
     roles = {speaker: ROLE_OF.get(normal(speaker or ""), speaker) for speaker in speakers}
     roles |= {speaker: speaker for speaker in speakers if roles[speaker] == "tool"}
@@ -165,8 +165,10 @@ def roles_of(speakers: list[str | None]) -> dict[str | None, str | None]:
         return roles
     roles |= dict.fromkeys(unknown, "user")
     if "assistant" not in known:
-        if all(speaker[-1].isdecimal() for speaker in unknown):  # Speaker 2 is the second, though it may begin
-            unknown.sort(key=lambda speaker: int(re.search(r"\d{1,9}$", speaker)[0]))
+        numbers = {speaker: int(found[0]) for speaker in unknown if (found := re.search(r"\d{1,9}$", speaker))}
+        # Speaker 2 is the second, though it may begin. Numbers of people, such as 12 and 7, say nothing of that.
+        if sorted(numbers.values()) in (list(range(len(unknown))), list(range(1, len(unknown) + 1))):
+            unknown.sort(key=numbers.get)
         second = unknown[:1] if "user" in known else unknown[1:2]
         roles |= dict.fromkeys(second, "assistant")
     return roles
@@ -177,20 +179,19 @@ def spoken_in(messages: list[Message], notes: Notes) -> tuple[list[str], list[Me
     personality, spoken = [], []
     for message in messages:
         role, text = message.speaker, message.text
-        if role not in (*SIDES, "system"):
-            notes[f"messages of the role {(role or '(none)')[:40]}"] += 1
-            continue
         if role == "system" and not PERSONA_LINE.match(text):
             personality += split_sentences(text)
-            continue
-        persona, text = without_persona(text)
-        personality += persona
-        if not text.strip():
-            # Nothing is lost where a message was persona lines alone.
-            notes["messages without text"] += text == message.text
-        elif not SILENCE.fullmatch(text):
-            # Behind persona lines, ParlAI's context holds what the other person says.
-            spoken.append(message._replace(speaker="user" if role == "system" else role, text=text))
+        elif not text.strip():
+            notes["messages without text"] += 1
+        elif role not in (*SIDES, "system"):
+            notes[f"messages of the role {(role or '(none)')[:40]}"] += 1
+        else:
+            persona, text = without_persona(text)
+            personality += persona
+            # Nothing is left where a message was persona lines alone.
+            if text and not SILENCE.fullmatch(text):
+                # After persona lines, ParlAI's context holds what the other person says.
+                spoken.append(message._replace(speaker="user" if role == "system" else role, text=text))
     return personality, spoken
 
 

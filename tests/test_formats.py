@@ -106,7 +106,16 @@ ODD = {
         lines({"dialog": [{"speaker": False, "text": "hi"}, {"speaker": True, "text": "hello"}]}),
         [([], [HELLO])],
     ),
+    "speakers by the numbers of people": (
+        lines({"dialog": [{"speaker_id": 12, "text": "hi"}, {"speaker_id": 7, "text": "hello"}]}),
+        [([], [HELLO])],
+    ),
     # nothing in a list is nothing
+    "a null among turns that alternate": (
+        lines({"dialog": ["hi", None, "there", "hello"]}),
+        [([], [(["hi there"], ["hello"], [])])],
+    ),
+    "a null among pairs": (lines({"dialog": [["user", "hi"], None, ["bot", "hello"]]}), [([], [HELLO])]),
     "a null in messages": (
         lines({"messages": [*chat("role", "content")[:1], None, *chat("role", "content")[1:]]}),
         [([], [HELLO])],
@@ -117,6 +126,18 @@ ODD = {
     "a history of messages": (
         lines({"history": chat("role", "content")[:1], "candidates": ["no", "hello"]}),
         [([], [(["hi"], ["no", "hello"], [])])],
+    ),
+    "a history in one text": (
+        lines({"history": "hi\nhello", "prompt": "so ?", "response": "yes"}),
+        [([], [HELLO, (["hi", "hello", "so ?"], ["yes"], [])])],
+    ),
+    "a history before an input": (
+        lines({"history": ["hi", "hello"], "input": "so ?", "output": "yes"}),
+        [([], [HELLO, (["hi", "hello", "so ?"], ["yes"], [])])],
+    ),
+    "a persona in the histories": (
+        lines({"utterances": [{"history": ["your persona: i bake.\nyour persona: i fish.", "hi"], "reply": "hello"}]}),
+        [(["i bake.", "i fish."], [HELLO])],
     ),
     "a context beside an instruction": (
         lines({"instruction": "hi", "context": "at sea", "response": "hello"}),
