@@ -38,7 +38,8 @@ from report import (
     write_report,
     write_text,
 )
-from utils import DialogTokenizer, Split, load_dataset, load_tokenizer
+from splits import Split
+from utils import DialogTokenizer, load_dataset, load_tokenizer
 
 LOGITS = 2**25  # at a time, 128 MB: with a vocabulary of 260,000, those of a hundred candidates come to 1 GB
 GENERATION_BATCH = 8  # a generated row has one continuation where a scored one has twenty: it takes more of them

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from cli import log
-from utils import DialogTokenizer, Ragged, SpecialIds, Split, Views
+from splits import Ragged, Split, Views
+from utils import DialogTokenizer, SpecialIds
 
 Prefix = tuple[list[int], list[int]]  # the tokens before a reply, and each one's token type
 

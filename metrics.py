@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import DialogTokenizer, Split
+from splits import Split
+from utils import DialogTokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # F1 and ranks: texts as ParlAI compares them

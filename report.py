@@ -17,7 +17,7 @@ from cli import UserError, first_line
 from files import typed_path
 from metrics import Figure, figures_of
 from model_files import ModelFiles
-from utils import Split
+from splits import Split
 
 # Published figures, for context: (Hits@1 in %, PPL per word by the original toolkit's table, F1 in %).
 ANCHORS = {

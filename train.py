@@ -44,8 +44,9 @@ from runs import (
     run_of_launchers,
     write_settings,
 )
+from splits import Split
 from template import set_template
-from utils import Split, load_dataset, load_tokenizer
+from utils import load_dataset, load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings

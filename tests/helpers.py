@@ -16,8 +16,9 @@ import numpy as np
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dialogs import read_dataset
+from splits import Split
 from turns import Dialog, Utterance
-from utils import SpecialIds, Split, number_strings
+from utils import SpecialIds, number_strings
 
 ROOT = Path(__file__).resolve().parent.parent
 

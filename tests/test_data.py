@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import dialogs
-import utils
 from cli import UserError
 from dialogs import Dialogs
 from helpers import DIALOG, TURNS, CountingTokenizer, json_lines, read
+from splits import Ragged, Split, with_distractors
 from turns import Dialog, Message, Utterance, replies_of
-from utils import Ragged, load_dataset, with_distractors
+from utils import load_dataset
 
 
 def dialog_lines(count: int, reply: str = "a{}") -> str:
@@ -25,7 +25,7 @@ def dialog_lines(count: int, reply: str = "a{}") -> str:
     return json_lines(*({"personality": [f"p{i}"], "dialog": [f"q{i}", reply.format(i)]} for i in range(count)))
 
 
-def texts(split: utils.Split, name: str, index: int) -> list[str]:
+def texts(split: Split, name: str, index: int) -> list[str]:
     return [split.text(string) for string in getattr(split, name)[index]]
 
 
@@ -255,7 +255,7 @@ def test_a_missing_file_a_folder_and_a_cut_gzip_are_named(tmp_path, write):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str, cache: Path, tokenizer: CountingTokenizer | None = None, valid: str = "") -> dict[str, utils.Split]:
+def load(path: str, cache: Path, tokenizer: CountingTokenizer | None = None, valid: str = "") -> dict[str, Split]:
     return load_dataset(Dialogs(path, valid), tokenizer or CountingTokenizer(), str(cache), progress=False)
 
 
@@ -421,7 +421,7 @@ def cache_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def contents(splits: dict[str, utils.Split]) -> dict[tuple[str, int, str], list[tuple[str, list[int]]]]:
+def contents(splits: dict[str, Split]) -> dict[tuple[str, int, str], list[tuple[str, list[int]]]]:
     """Every list of a dataset by split, utterance and name, as texts and their ids."""
     return {
         (name, i, part): [(split.text(s), split.ids(s)) for s in getattr(split, part)[index]]

@@ -12,7 +12,7 @@ from helpers import ROOT, run_python
 # Each room may import those before it; scripts never import each other, but interact.py the page that it serves.
 ROOMS = """
     cli options progress files smollm2 model_files messengers turns records configs formats dialogs personas
-    transcript terminal words utils inputs rows batches template prompts adapters model loading cpu decoding
+    transcript terminal words splits utils inputs rows batches template prompts adapters model loading cpu decoding
     generation conversation metrics report learner processes checkpoints runs card gguf_file
 """.split()
 SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "endpoint", "page", "web"]
