@@ -424,9 +424,10 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
 
 def role_of(message: ChatMessage) -> str:
     """Who speaks: user, assistant, system or tool. Raises UserError for an unknown role."""
-    if message.role not in ROLE_OF:
+    role = ROLE_OF.get(message.role.lower())
+    if role is None:
         raise UserError(f"messages: expected role system, user, assistant or tool, found {message.role[:40]!r}")
-    return ROLE_OF[message.role]
+    return role
 
 
 def text_of(message: ChatMessage) -> str:

@@ -62,8 +62,9 @@ def find_smollm2_gguf(downloads: Path) -> Path:
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's model, dequantised to float32, and its tokenizer as a folder of transformers."""
-    from transformers import AutoTokenizer  # heavy: only where something is converted
+    from transformers import AutoTokenizer, logging  # heavy: only where something is converted
 
+    logging.disable_progress_bar()  # of transformers' tensors: seconds, and a line each in a log
     quantised = read_gguf(gguf)
     plain = type(quantised)(quantised.config)
     plain.load_state_dict(quantised.state_dict(), assign=True)

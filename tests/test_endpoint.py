@@ -66,7 +66,7 @@ def text_of(answer: dict) -> str:
         ([HELLO, {"role": "system", "content": "i swim ."}], ["i swim ."], ["hello"], ""),
         ([{"role": "developer", "content": ""}, HELLO], [], ["hello"], ""),
         (
-            [{"role": "human", "content": "a"}, {"role": "ai", "content": "b"}, HELLO],
+            [{"role": "human", "content": "a"}, {"role": "AI", "content": "b"}, HELLO],
             BOT.persona,
             ["a", "b", "hello"],
             "",
