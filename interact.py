@@ -373,8 +373,8 @@ def main() -> None:
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
     threading.Thread(target=tokenizer.encode, args=(persona,)).start()
     if settings.web:
-        from endpoint import Bot
         from web import serve
+        from worker import Bot
 
         bot = Bot(model_name(settings.model), persona, decoding, settings.max_history, seed, dialogs)
         serve(model, tokenizer, bot, web_settings)

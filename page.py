@@ -19,9 +19,9 @@ import gradio as gr
 
 from cli import UserError
 from dialogs import check_message
-from endpoint import Ask, Bot, Job, Progress, Unavailable, Worker
 from generation import Reply
 from options import Decoding
+from worker import Ask, Bot, Job, Progress, Unavailable, Worker
 
 # ------------------------------------------------------------------------------------------------------------
 # What the page asks the server; what it does without it is in page.js

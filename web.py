@@ -20,18 +20,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from cli import UserError, explain_errors, log
-from endpoint import (
-    Bot,
-    Job,
-    Unavailable,
-    Worker,
-    asked_reply,
-    completion,
-    completion_events,
-    error_answer,
-    read_request,
-)
+from endpoint import asked_reply, completion, completion_events, error_answer, read_request
 from page import chat_page, look
+from worker import Bot, Job, Unavailable, Worker
 
 MAX_BODY = 1_000_000  # bytes of a request
 BODY_SECONDS = 30  # that a request may take to arrive

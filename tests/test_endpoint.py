@@ -10,8 +10,9 @@ import pytest
 import endpoint
 from cli import UserError
 from dialogs import MAX_MESSAGE
-from endpoint import Ask, Bot, Unavailable, Worker, asked_reply, completion, completion_events, read_request
+from endpoint import asked_reply, completion, completion_events, read_request
 from options import Decoding
+from worker import MAX_ROWS, Ask, Bot, Unavailable, Worker, joined
 
 BOT = Bot("tiny", ["i like tea ."], Decoding(max_length=12, min_length=12), max_history=1, seed=1, dialogs=None)
 HELLO = {"role": "user", "content": "hello"}
@@ -194,8 +195,7 @@ def test_what_the_model_does_not_see_is_said(worker):
 def test_replies_that_overlap_are_computed_together(worker, monkeypatch):
     """Those that are drawn alike, and each is what it is alone: its text, its length, its stop sequence."""
     sizes = []
-    joined = endpoint.joined
-    monkeypatch.setattr(endpoint, "joined", lambda parts: sizes.append(len(parts)) or joined(parts))
+    monkeypatch.setattr("worker.joined", lambda parts: sizes.append(len(parts)) or joined(parts))
     messages = [{"role": "user", "content": "hello " * i} for i in range(1, 7)]
     asks = [asked(message, seed=i, n=2, stop=["e"] * (i % 2)) for i, message in enumerate(messages)]
     alone = [answers(worker, ask)[0] for ask in asks]
@@ -208,9 +208,8 @@ def test_replies_that_overlap_are_computed_together(worker, monkeypatch):
 
 def test_a_batch_of_beam_searches_is_as_small_as_its_rows_ask_for(worker, monkeypatch):
     sizes = []
-    joined = endpoint.joined
-    monkeypatch.setattr(endpoint, "joined", lambda parts: sizes.append(len(parts)) or joined(parts))
-    ask = replace(asked(), decoding=Decoding(num_beams=endpoint.MAX_ROWS // 2, max_length=2))
+    monkeypatch.setattr("worker.joined", lambda parts: sizes.append(len(parts)) or joined(parts))
+    ask = replace(asked(), decoding=Decoding(num_beams=MAX_ROWS // 2, max_length=2))
     answers(worker, *[ask] * 5)
     assert sum(sizes) == 5 and max(sizes) <= 2
 
@@ -242,7 +241,7 @@ def test_a_full_queue_a_failure_and_a_stopping_server(worker, monkeypatch):
             pass
         assert worker.ahead(waiting[1]) <= 1
         await completion(waiting[1], "tiny")
-        monkeypatch.setattr(endpoint, "joined", None)  # a bug
+        monkeypatch.setattr("worker.joined", None)  # a bug
         with pytest.raises(Unavailable, match="failed"):
             await completion(worker.submit(asked()), "tiny")
         worker.close()
@@ -253,6 +252,6 @@ def test_a_full_queue_a_failure_and_a_stopping_server(worker, monkeypatch):
 
 
 def test_an_error_after_the_beginning_is_an_event(worker, monkeypatch):
-    monkeypatch.setattr(endpoint, "joined", lambda _: SimpleNamespace())
+    monkeypatch.setattr("worker.joined", lambda _: SimpleNamespace())
     *_, event = chunks(worker, asked())
     assert event["error"]["type"] == "server_error"

@@ -15,10 +15,11 @@ ROOMS = """
     transcript terminal words splits utils inputs rows batches template prompts adapters model loading cpu decoding
     generation conversation metrics report learner processes checkpoints runs card gguf_file
 """.split()
-SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "endpoint", "page", "web"]
+SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "worker", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
-MAY_IMPORT["interact"] |= {"endpoint", "web"}
-MAY_IMPORT["page"].add("endpoint")
+MAY_IMPORT["interact"] |= {"worker", "web"}
+for name in ("endpoint", "page", "web"):
+    MAY_IMPORT[name].add("worker")
 MAY_IMPORT["web"] |= {"endpoint", "page"}
 
 
