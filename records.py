@@ -59,13 +59,6 @@ KEYS = {
     "validation split": "validation valid val dev eval test",  # where there are several, the first of these
 }
 SYNONYMS = {name: words.split() for name, words in KEYS.items()}
-# Keys that are named where they are not read: what they hold was probably meant for the model.
-TELLING = re.compile(
-    r"persona|character|system|speaker|role|author|dialog|conversation|session|split|^bio|profile|trait|background"
-    r"|scenario|facts|^rejected|^is(bot|user|human|ai|assistant)"
-)
-MEANT = {word for name in ("history", "turns", "prompt", "input") for word in SYNONYMS[name]}
-
 UNSPOKEN = re.compile(f"{SILENCE.pattern}|{PERSONA_LINE.pattern}", re.I)  # what a history may hold beside utterances
 NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets nested too deep
 FORMATS = "expected PersonaChat JSON, JSON lines, CSV, parquet or ParlAI text (see 'Data formats' in the README)"
@@ -101,9 +94,8 @@ class Fields:
         return f"{self.where}.{self.key(name)}"
 
     def note_unread(self, notes: Notes) -> None:
-        for word, key in self.keys.items():
-            unread = key not in self.read and self.record[key] not in (None, "", [], {})
-            if unread and (word in MEANT or TELLING.search(word)):
+        for key, value in self.record.items():
+            if key not in self.read and value not in (None, "", [], {}):
                 notes[f"the key {key}"] += 1
 
 
@@ -231,7 +223,8 @@ def message_in(fields: Fields, notes: Notes) -> Message:
     if not fields.has("content") and not fields.keys.keys() & {"toolcalls", "functioncall"}:
         found = keys_found(fields.record)
         raise ValueError(f"a message has the keys {found}, expected role and content - at `{fields.where}`")
-    speaker = fields.get("speaker", fields.record.get("id"))  # id: of ParlAI's acts
+    fields.read.add("id")  # of the speaker in ParlAI's acts, of the message elsewhere
+    speaker = fields.get("speaker", fields.record.get("id"))
     if isinstance(speaker, dict):
         speaker = speaker.get("name") or speaker.get("role")
     if speaker is not None:

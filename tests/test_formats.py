@@ -235,7 +235,7 @@ def test_what_is_lost_is_said(record, note, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("key", ["bio", "user_persona", "Character Description", "traits", "test_split"])
-def test_a_key_that_looks_like_a_persona_or_a_split_and_is_not_read_is_named_once(key, tmp_path, caplog):
+def test_a_key_that_is_not_read_is_named_once(key, tmp_path, caplog):
     caplog.set_level(logging.INFO, "improvedflend")
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     path = tmp_path / "file.jsonl"
