@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli import UserError, first_line
+from cli import UserError, first_line, log
 from files import make_folder, whole_files
 from model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from utils import DialogTokenizer
@@ -93,28 +93,44 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    row = torch.arange(8)[None]
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(record=True, action="always") as told:
             config = PeftConfig.from_pretrained(str(folder))
-            config.inference_mode = True
+        with warnings.catch_warnings(action="ignore"):
+            config.inference_mode = False  # what it trains is then marked so
             adapted = get_peft_model(lm, config)
-            own = {name for name, _ in adapted.named_parameters() if f".{NAME}" in name}  # tied ones are there once
+            own = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+            own = {name for name in own if "multiple_choice_head.summary." not in name}  # as where all biases are
             weights = load_peft_weights(str(folder), device="cpu")
             result = set_peft_model_state_dict(adapted, weights)
-            lm = adapted.merge_and_unload()
+            adapted.eval()
+            with torch.no_grad():
+                expected = lm(input_ids=row).logits
+                lm = adapted.merge_and_unload()
+                merged = lm(input_ids=row).logits
     except Exception as error:  # peft, safetensors and torch raise many types for what they cannot use
         raise UserError(
             f"cannot use the adapter in {folder}: {first_line(error)}; expected one that peft can merge into the model "
             f"that its {ADAPTER_CONFIG} names"
         ) from error
+    for each in told:  # such as settings that a newer peft wrote, which this one leaves out
+        log.warning(f"warning: {folder / ADAPTER_CONFIG}: {first_line(each.message)}")
     # peft loads what fits and leaves the rest as it was made.
-    wrong = {"lacks": own.intersection(result.missing_keys), "has a surplus of": result.unexpected_keys}
+    wrong = {
+        "lacks": own.intersection(result.missing_keys),
+        "has a surplus of": result.unexpected_keys,
+        "holds nan or infinity in": [name for name, tensor in weights.items() if not tensor.isfinite().all()],
+    }
     for fault, names in wrong.items():
         if names:
             raise UserError(
                 f"the adapter in {folder} {fault} {len(names)} tensors, such as {min(names)}; "
                 f"expected a whole one, of the model that its {ADAPTER_CONFIG} names"
             )
+    if (merged - expected).norm() > 1e-2 * expected.norm():  # as where layers that it repeats share their weights
+        raise UserError(f"the adapter in {folder} computes something else when it is merged; merge it by other means")
+    lm.requires_grad_(True)  # peft freezes what it does not train
     lm.choice_head_trained |= any("multiple_choice_head" in name for name in weights)
     return lm
 

@@ -185,6 +185,8 @@ def with_adapter(folder: Path) -> ModelFiles:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise ValueError(f"the base is {base!r}")
+        if folder.resolve() in (typed_path(base).resolve(), typed_path(base).resolve() / ADAPTER):
+            raise ValueError("the base is this adapter itself")
     try:
         files = find_model(base)
     except UserError as error:

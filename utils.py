@@ -85,7 +85,9 @@ class DialogTokenizer:
             self._use_words_as_they_are()
         ours = hf.convert_tokens_to_ids(["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"])
         self.added = sorted(set(ours) - set(known.values()))  # a base model knows none of these
-        self.ids = SpecialIds(*ours, all=frozenset([*ours, *hf.all_special_ids]), token_types=token_types)
+        # Ours took the roles of some of the base model's own, which transformers then no longer lists as special.
+        special = [number for number, token in hf.added_tokens_decoder.items() if token.special]
+        self.ids = SpecialIds(*ours, all=frozenset([*hf.all_special_ids, *special]), token_types=token_types)
 
     def _use_words_as_they_are(self) -> None:
         # The tokenizer's own rules would split spaCy's words again (n't into n, ', t), also after a save and a load.

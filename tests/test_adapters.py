@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from adapters import add_adapter, look_up, project, trained_rows
 from batches import collate
-from cli import UserError
+from cli import UserError, log
 from inputs import utterances_shown
 from learner import LR, Learner, LearningSettings, optimizer_step
 from model import DialogModel, with_choice_head
@@ -38,6 +38,7 @@ MODELS = [
     pytest.param("gemma", {}, id="gemma, whose embedding is scaled"),
     pytest.param("bloom", {}, id="bloom, in padded rows"),
 ]
+NAN = torch.full((5, WIDTH), float("nan"))
 FIVE = ("bos", "eos", "pad", "speaker1", "speaker2")
 
 
@@ -242,6 +243,67 @@ def test_an_adapter_that_peft_alone_made(tiny, load, tmp_path):
     assert not model.lm.choice_head_trained
 
 
+@pytest.fixture
+def made_by_peft(make_model, tmp_path):
+    """`made_by_peft(**options)`: an adapter on a Llama with biases, by peft alone, and its logits of `ROW`."""
+
+    def make(**options) -> tuple[Path, torch.Tensor]:
+        lm = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "base", "llama", attention_bias=True))
+        adapted = get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.1)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", adapted.eval()(input_ids=ROW).logits
+
+    return make
+
+
+ROW = torch.arange(9)[None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 4}},
+        {"bias": "all"},
+        {"modules_to_save": ["norm"], "lora_dropout": 0.5},
+        {"trainable_token_indices": [3, 4]},
+    ],
+    ids=str,
+)
+def test_settings_of_peft_that_are_not_ours(options, made_by_peft, load):
+    folder, expected = made_by_peft(**options)
+    model, _ = load(folder)
+    same(model.lm(input_ids=ROW).logits[..., : expected.shape[-1]], expected)
+
+
+def test_what_peft_would_leave_out_or_merge_to_something_else(made_by_peft, load, monkeypatch):
+    folder, _ = made_by_peft(bias="all")
+    rewrite(folder / "adapter_config.json", of_a_newer_peft=True)
+    told = []
+    monkeypatch.setattr(log, "warning", told.append)
+    load(folder)
+    assert len(told) == 1 and "Unexpected keyword arguments ['of_a_newer_peft']" in told[0]
+    keep(folder / "adapter_model.safetensors", lambda name: "bias" not in name)
+    with pytest.raises(UserError, match="lacks .* tensors, such as .*bias"):
+        load(folder)
+    folder, _ = made_by_peft(layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(UserError, match="computes something else when it is merged"):
+        load(folder)
+
+
+def test_all_weights_can_be_trained_on_from_an_adapter(trained, load):
+    run = trained("llama", TIED)
+    model, _ = load(run.save())
+    before = {name: weight.detach().clone() for name, weight in model.lm.named_parameters()}
+    settings = LearningSettings(lr=1e-2)
+    optimizer_step(Learner(model, settings, torch.device("cpu")), [run.batch], 1, False, settings)
+    moved = {name for name, weight in model.lm.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved | {"multiple_choice_head.summary.bias"} == before.keys()
+
+
 def test_the_adapter_that_comes_with_the_toolkit(tiny):
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 12e6
     config = json.loads((SHIPPED / "adapter_config.json").read_text(encoding="utf-8"))
@@ -275,6 +337,11 @@ def test_names_that_last(tmp_path, monkeypatch):
         ("adapter_config.json", lambda path: path.write_text("{}"), "cannot read .*base_model_name_or_path"),
         ("adapter_config.json", lambda path: rewrite(path, base_model_name_or_path=None), "the base is None"),
         ("adapter_config.json", lambda path: rewrite(path, base_model_name_or_path="./gone"), "no such model: ./gone"),
+        (
+            "adapter_config.json",
+            lambda path: rewrite(path, base_model_name_or_path=str(path.parent)),
+            "the base is this adapter itself",
+        ),
         ("adapter_config.json", lambda path: rewrite(path, peft_type="NONSENSE"), "cannot use the adapter in"),
         ("adapter_config.json", lambda path: rewrite(path, r=3), "cannot use the adapter in .*size mismatch"),
         ("adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "cannot use the adapter"),
@@ -284,7 +351,13 @@ def test_names_that_last(tmp_path, monkeypatch):
             lambda path: keep(path, lambda name: "c_fc.lora_A" not in name),
             "lacks 2 tensors",
         ),
-        ("adapter_model.safetensors", lambda path: keep(path, lambda name: True, x=1), "a surplus of 1 tensors"),
+        ("adapter_model.safetensors", lambda path: keep(path, lambda name: True, x=[1.0]), "a surplus of 1 tensors"),
+        # a special token's embedding, which no short text shows
+        (
+            "adapter_model.safetensors",
+            lambda path: keep(path, lambda name: True, **{"transformer.wte.token_adapter.trainable_tokens_delta": NAN}),
+            "holds nan or infinity in 1 tensors",
+        ),
     ],
 )
 def test_a_folder_that_is_not_whole(file, change, said, trained, load):
@@ -300,7 +373,7 @@ def rewrite(path: Path, **changes) -> None:
 
 def keep(path: Path, wanted, **more) -> None:
     weights = {name: tensor for name, tensor in load_file(path).items() if wanted(name)}
-    save_file(weights | {f"base_model.model.{name}": torch.ones(1) for name in more}, path)
+    save_file(weights | {f"base_model.model.{name}": torch.as_tensor(value) for name, value in more.items()}, path)
 
 
 def test_an_adapter_on_another_model_than_its_own(trained, load, tiny):

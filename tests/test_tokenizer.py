@@ -5,6 +5,7 @@ import string
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from cli import UserError
 from configs import load_config_dict
@@ -155,6 +156,18 @@ def test_special_tokens_stand_behind_the_vocabulary_in_the_original_order(folder
         assert [ids.bos, ids.eos, ids.pad, ids.speaker1, ids.speaker2] == list(range(size, size + 5))
         assert tokenizer.hf.convert_ids_to_tokens(list(range(size, size + 5))) == OURS
         assert ids.all >= set(range(size, size + 5))
+
+
+def test_a_base_models_own_special_tokens_end_a_reply_too(tiny, tmp_path):
+    """Also those whose roles ours take, such as an instruct model's <|im_end|>; and those without a role."""
+    hf = AutoTokenizer.from_pretrained(tiny("llama"))
+    hf.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]})
+    own = hf.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
+    tokenizer = DialogTokenizer(hf)
+    tokenizer.save(tmp_path)
+    for each in (tokenizer, DialogTokenizer(AutoTokenizer.from_pretrained(tmp_path))):
+        assert each.ids.all == {*own, *each.hf.convert_tokens_to_ids(OURS)}
+        assert each.decode([*own, *each.encode(["hi"])[0]]) == "hi"
 
 
 @pytest.mark.parametrize("typed", OURS)
