@@ -108,8 +108,16 @@ SPACY = """ This model learned from
 text cut as spaCy cuts it (`do n't`), which the toolkit does too; its tokenizer alone cuts otherwise (`don ' t`)."""
 
 
-def recipe(tokenizer) -> str:
+ADAPTER_ALONE = """\
+This folder holds an adapter alone, in `adapter/`. The toolkit merges it into its base model whenever it loads this
+folder; other programs need the merged model, which `--lora_save both` writes. The rows are those of this table.
+"""
+
+
+def recipe(tokenizer, adapter_alone: bool) -> str:
     """How to use a checkpoint with this tokenizer without the toolkit, for its card."""
+    if adapter_alone:
+        return ADAPTER_ALONE
     if tokenizer.ids.token_types:
         return TOKEN_TYPES.format(cut=SPACY if tokenizer.pre_tokenizer == "spacy" else "")
     return PLAIN if tokenizer.hf.chat_template else NO_TEMPLATE
@@ -216,6 +224,6 @@ def describe(
         dataset=dataset,
         command=command,
         table=results_table(steps, validations, kept),
-        recipe=recipe(tokenizer),
+        recipe=recipe(tokenizer, settings.lora_save == "adapter"),
     )
     (partial / "README.md").write_text(f"---\n{about.to_yaml()}\n---\n\n{text}", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Make a plain checkpoint a GGUF file and a Modelfile, for llama.cpp and Ollama."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def modelfile(gguf: str, limit: int, max_history: int, decoding: Decoding, perso
     parameters = {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     # Ollama's own defaults are more tokens than some models take, and 1.1.
     parameters |= {"num_ctx": limit, "repeat_penalty": decoding.repetition_penalty}
+    parameters["top_p"] = decoding.top_p if decoding.top_p > 0 else 1.0  # 0 is off here, the likeliest token there
     shown = "" if max_history == -1 else f" (le (len (slice $.Messages $i)) {utterances_shown(max_history)})"
     template = TEMPLATE.replace("SHOWN", shown)
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
@@ -114,7 +116,8 @@ def main() -> None:
         text = modelfile(name, model.limit, max_history, decoding, settings.personality or [])
         (partial / "Modelfile").write_text(text, encoding="utf-8")
     log.info(f"saved {folder / name} and {folder / 'Modelfile'}; to serve them:")
-    log.info(f"llama-server -m {folder / name}\nollama create my-model -f {folder / 'Modelfile'}")
+    gguf, recipe = (shlex.quote(str(folder / file)) for file in (name, "Modelfile"))
+    log.info(f"llama-server -m {gguf}\nollama create my-model -f {recipe}")
 
 
 if __name__ == "__main__":

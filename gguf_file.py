@@ -15,7 +15,10 @@ from utils import DialogTokenizer
 
 # By transformers' model type: the architecture in llama.cpp, and what a config.json must say, as it is fixed there.
 ARCHITECTURES = {
-    "gpt2": (MODEL_ARCH.GPT2, {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}),
+    "gpt2": (
+        MODEL_ARCH.GPT2,
+        {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
     "llama": (MODEL_ARCH.LLAMA, {"hidden_act": "silu"}),
     "mistral": (MODEL_ARCH.LLAMA, {"hidden_act": "silu"}),
     "qwen2": (MODEL_ARCH.QWEN2, {"hidden_act": "silu", "use_sliding_window": False}),
@@ -93,7 +96,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: DialogTokenizer) -> None:
     types = dict.fromkeys(texts, TokenType.NORMAL)
     for token in backend["added_tokens"]:
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    if backend["model"].get("byte_fallback"):
+    if backend["model"]["type"] == "BPE" and backend["model"].get("byte_fallback"):
         types |= {number: TokenType.BYTE for number, text in texts.items() if text.startswith("<0x")}
         add_sentencepiece(writer, tokenizer, backend, texts)
     else:
@@ -115,7 +118,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: DialogTokenizer) -> None:
 
 
 def pre_tokenizer(backend: dict) -> str:
-    """llama.cpp's name for how a tokenizer cuts text into words. backend: the JSON of a tokenizer.json."""
+    """llama.cpp's name for how a byte-level BPE cuts text into words. backend: the JSON of a tokenizer.json."""
     parts = backend["pre_tokenizer"] or {"type": "none"}
     parts = parts.get("pretokenizers", [parts])
     steps = tuple(
@@ -124,7 +127,8 @@ def pre_tokenizer(backend: dict) -> str:
         if part.get("use_regex", True)  # ByteLevel after a pattern of the tokenizer's own has none
     )
     spaced = any(part.get("add_prefix_space") for part in parts)
-    if backend["model"]["type"] != "BPE" or spaced or steps not in PRE_TOKENIZERS:
+    rewritten = (backend["normalizer"] or {"type": "NFC"}) != {"type": "NFC"}  # Qwen's, which llama.cpp leaves out
+    if backend["model"]["type"] != "BPE" or rewritten or spaced or steps not in PRE_TOKENIZERS:
         raise UserError(
             "the tokenizer cuts text into words by rules that are not known to be llama.cpp's; "
             "train another base model, such as smollm2, gpt2 or Qwen/Qwen3-0.6B"

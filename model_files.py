@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, explain_errors
+from cli import UserError, explain_errors, log
 from files import download, forget, is_url, typed_path, unpack
 from smollm2 import fetch_smollm2
 
@@ -182,11 +182,14 @@ def with_adapter(folder: Path) -> ModelFiles:
     """
     path = folder / ADAPTER_CONFIG
     with explain_errors(f"cannot read {path}", "expected peft's JSON, with the name of a base model"):
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise ValueError(f"the base is {base!r}")
         if folder.resolve() in (typed_path(base).resolve(), typed_path(base).resolve() / ADAPTER):
             raise ValueError("the base is this adapter itself")
+    if revision := config.get("revision"):
+        log.warning(f"warning: {path}: not read: the revision {revision!r} of the base; its newest one is taken")
     try:
         files = find_model(base)
     except UserError as error:

@@ -77,7 +77,6 @@ class TrainingSettings(LearningSettings, DatasetSettings):
         "both",
         "with --lora: write the merged model and the adapter, or the adapter only",
         choices=("both", "adapter"),
-        may_change=True,
     )
     changed_dataset: bool = option(
         False, "with --resume: go on though the dataset is not the one it was started with", may_change=True
@@ -327,7 +326,7 @@ class Run:
         settings, model = self.settings, self.learner.model
         if settings.lora:
             model.save_adapter(self.folder / ADAPTER, self.tokenizer, settings.lora_base)
-        if not settings.lora or settings.lora_save == "both":
+        if settings.lora_save == "both":
             model.save(self.folder)
 
     def end_epoch(self) -> None:

@@ -367,6 +367,13 @@ def test_a_folder_that_is_not_whole(file, change, said, trained, load):
         load(folder)
 
 
+def test_a_revision_of_the_base_is_named(trained, load, caplog):
+    folder = trained("gpt2", steps=0).save()
+    rewrite(folder / "adapter_config.json", revision="v2")
+    load(folder)
+    assert "adapter_config.json: not read: the revision 'v2' of the base" in caplog.text
+
+
 def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -152,8 +152,9 @@ def test_modelfile(plain, exported):
     exported(folder)
     assert "SYSTEM" not in (folder / "Modelfile").read_text()
     # Of a whole history nothing is left out. The replies are drawn as the folder says.
-    text = export.modelfile("m.gguf", 512, -1, Decoding(min_p=0.1, repetition_penalty=1.2), [])
-    assert "slice" not in text and "PARAMETER min_p 0.1" in text and "PARAMETER repeat_penalty 1.2" in text
+    text = export.modelfile("m.gguf", 512, -1, Decoding(min_p=0.1, top_p=0, repetition_penalty=1.2), [])
+    expected = {"min_p": "0.1", "top_p": "1.0", "repeat_penalty": "1.2"}  # 0 is off here, in llama.cpp 1
+    assert "slice" not in text and all(f"PARAMETER {name} {value}\n" in text for name, value in expected.items())
 
 
 def write_sentencepiece(folder: Path) -> None:
@@ -201,11 +202,12 @@ def split(pattern: str) -> dict:
 )
 def test_names_of_how_words_are_cut(steps, name):
     backend = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {"type": "BPE"}}
+    backend["normalizer"] = {"type": "NFC"}
     if name:
         assert pre_tokenizer(backend) == name
-    else:
+    for change in ({"normalizer": {"type": "Lowercase"}}, {"model": {"type": "Unigram"}}, {})[: 2 if name else 3]:
         with pytest.raises(UserError, match="cuts text into words by rules that are not known"):
-            pre_tokenizer(backend)
+            pre_tokenizer(backend | change)
 
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
@@ -242,6 +244,7 @@ def test_a_base_model_is_to_be_trained_first(tiny, exported):
     ("kind", "changes", "said"),
     [
         ("gpt2", {"activation_function": "relu"}, "activation_function is relu, but gelu_new in llama.cpp"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False, but True in llama.cpp"),
         ("qwen3", {"rope_parameters": LLAMA3_ROPE}, r"its positions are scaled \(llama3\)"),
     ],
 )

@@ -200,7 +200,7 @@ def test_code_of_the_card_gives_the_reply_of_the_toolkit(kind, dialog_model, loa
     if kind == "llama":
         tokenizer.hf.chat_template = chat_template(5)
         tokenizer.save(Path("."))
-    code, shown = card.recipe(tokenizer).split("```python\n")[1].split("```")[0], io.StringIO()
+    code, shown = card.recipe(tokenizer, adapter_alone=False).split("```python\n")[1].split("```")[0], io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(code, {})
     persona, history = tokenizer.encode(["i like cats.", "do you have a pet ?"])

@@ -441,6 +441,7 @@ def test_an_adapter_goes_on_from_a_checkpoint_of_what_is_trained(options, tmp_pa
     adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders]
     torch.testing.assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-4)
     assert [(folder / "model.safetensors").exists() for folder in folders] == [True, False]
+    assert ["holds an adapter alone" in (folder / "README.md").read_text() for folder in folders] == [False, True]
     state = torch.load(checkpoints.checkpoint_files(folders[0])[-1])["learner"]
     sizes = {name: tensor.numel() for name, tensor in state["model"].items() if "trainable_tokens_original" not in name}
     assert sum(sizes.values()) == sum(tensor.numel() for tensor in adapters[0].values()) + 5 * 32  # tied: twice there
