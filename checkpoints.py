@@ -8,6 +8,7 @@ import torch
 
 from cli import UserError, first_line, log
 from files import make_folder, whole_files
+from options import LARGEST
 
 
 @dataclass
@@ -55,8 +56,9 @@ def save_checkpoint(folder: Path, learner, progress: Progress, size: int, digest
     name = f"step-{progress.step:09d}.pt"
     with whole_files(folder / "checkpoints") as partial:
         torch.save(state, partial / name)
-    older = [path for path in checkpoint_files(folder) if path.name < name]
-    for path in checkpoint_files(folder):
+    files = [path for path in checkpoint_files(folder) if not path.is_dir()]
+    older = [path for path in files if path.name < name]
+    for path in files:
         if path.name != name and path not in older[-1:]:
             path.unlink()
 
@@ -100,44 +102,48 @@ def read_checkpoint(path: Path, learner) -> dict:
         ValueError: it is not. Other types where the file is damaged.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    form = learner.state_dict()
-    optimizer = form.pop("optimizer")
-    check_form(state, {"size": 0, "progress": {"step": 0, "epoch": 1, "done": 0}, "generators": [], "learner": form})
-    check_form(state["learner"], {"optimizer": {"param_groups": [], "state": {}}})
-    groups = [{"params": group["params"]} for group in optimizer["param_groups"]]
-    saved = state["learner"]["optimizer"]
-    if len(saved["param_groups"]) != len(groups) or not saved["state"].keys() <= set(range(len(learner.weights))):
-        raise ValueError("its optimiser is of other weights")
-    for found, expected in zip(saved["param_groups"], groups, strict=True):
-        check_form(found, expected)
-        if len(found["params"]) != len(expected["params"]):
-            raise ValueError("its optimiser is of other weights")
-    for number, moments in saved["state"].items():
+    saved, form = dict(state["learner"]), learner.state_dict()
+    moments, groups = saved.pop("optimizer"), form.pop("optimizer")["param_groups"]
+    check_form(saved, form, "learner")
+    # The rest of a group is settings, which are this program's own.
+    check_form([group["params"] for group in moments["param_groups"]], [group["params"] for group in groups], "params")
+    for number, found in moments["state"].items():
         weight = learner.weights[number]
-        check_form(moments, {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight})
+        check_form(found, {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}, f"optimizer.{number}")
+    check_progress(Progress(**state["progress"]), state["size"])
     for states in state["generators"]:
-        check_form(states, {name: value for name, value in random_states(learner.device).items() if name in states})
+        for device in random_states(learner.device).keys() & states.keys():
+            torch.Generator(device).set_state(states[device])
     return state
 
 
-def check_form(found, expected, place: str = "") -> None:
-    """Raise ValueError unless there is all of `expected`: its keys, of the same types, tensors of the same shapes."""
-    if isinstance(expected, torch.Tensor):
-        alike = isinstance(found, torch.Tensor) and (found.shape, found.is_floating_point()) == (
-            expected.shape,
-            expected.is_floating_point(),
-        )
-        if not alike:
-            raise ValueError(f"{place or 'it'} is not a tensor of shape {tuple(expected.shape)}")
-    elif not isinstance(found, type(expected)) or isinstance(found, bool) != isinstance(expected, bool):
-        raise ValueError(f"{place or 'it'} is not a {type(expected).__name__}")
-    elif isinstance(expected, dict):
-        for key, value in expected.items():
-            if key not in found:
-                raise ValueError(f"it lacks {place}{key}")
-            check_form(found[key], value, f"{place}{key}")
-    elif isinstance(expected, list) and expected:
-        check_form(dict(enumerate(found)), dict(enumerate(expected)), f"{place} ")
+def check_form(found, expected, place: str) -> None:
+    """Raise ValueError unless both have the same keys, lengths, types, and tensors of the same shapes and types."""
+    kind = next(kind for kind in (torch.Tensor, dict, list, type(expected)) if isinstance(expected, kind))
+    alike = isinstance(found, kind)
+    if alike and kind is torch.Tensor:
+        ways = [(tensor.shape, tensor.dtype, tensor.layout) for tensor in (found, expected)]
+        alike = ways[0] == ways[1] and not found.is_meta
+    if not alike:
+        shape = f" {tuple(expected.shape)} of {expected.dtype}" if kind is torch.Tensor else ""
+        raise ValueError(f"{place} is not a {kind.__name__}{shape}")
+    if kind not in (dict, list):
+        return
+    if kind is list:
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    for key in found.keys() ^ expected.keys():
+        raise ValueError(f"it {'lacks' if key in expected else 'has a surplus'} {place}.{key}")
+    for key, value in expected.items():
+        check_form(found[key], value, f"{place}.{key}")
+
+
+def check_progress(progress: Progress, size: int) -> None:
+    """Raise ValueError unless a run can have come so far. size: utterances of its training data."""
+    epoch_and_counts = progress.epoch - 1, progress.step, progress.done, progress.skipped, progress.skipped_in_a_row
+    best = progress.best or (0.0, 0.0)
+    possible = all(type(count) is int and 0 <= count <= LARGEST for count in (*epoch_and_counts, size))
+    if not possible or progress.done > size or [type(score) for score in best] != [float, float]:
+        raise ValueError("no run comes so far as it says")
 
 
 def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:

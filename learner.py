@@ -238,7 +238,15 @@ class Learner:
         with torch.no_grad():
             for master, saved in zip(self.weights, state["masters"], strict=False):  # none are saved but in O2
                 master.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Its settings are this program's own, and a fused optimiser takes moments to lie in memory as their weights do.
+        moments = state["optimizer"]["state"]
+        for number, values in moments.items():
+            weight = self.weights[number]
+            moments[number] = {
+                name: value if name == "step" else torch.empty_like(weight, requires_grad=False).copy_(value)
+                for name, value in values.items()
+            }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.scaler.load_state_dict(state["scaler"])
 
 

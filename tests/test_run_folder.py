@@ -306,6 +306,22 @@ DAMAGES = {
     "a text": lambda state: state["progress"].update(step="3"),
     "no generator": lambda state: state["generators"].__setitem__(0, {"cpu": torch.zeros(3)}),
     "a list": lambda state: state.update(learner=[]),
+    "a weight of another type": lambda state: state["learner"]["model"].update(
+        {name: weight.half() for name, weight in state["learner"]["model"].items()}
+    ),
+    "a weight without numbers": lambda state: state["learner"]["optimizer"]["state"][0].update(
+        exp_avg=state["learner"]["optimizer"]["state"][0]["exp_avg"].to("meta")
+    ),
+    "a sparse moment": lambda state: state["learner"]["optimizer"]["state"][0].update(
+        exp_avg=state["learner"]["optimizer"]["state"][0]["exp_avg"].to_sparse()
+    ),
+    "a surplus": lambda state: state["learner"]["model"].update(x=torch.zeros(1)),
+    "masters": lambda state: state["learner"].update(masters=["x"]),
+    "another chance": lambda state: state["generators"][0].update(cpu=torch.zeros_like(torch.get_rng_state())),
+    "before the first epoch": lambda state: state["progress"].update(epoch=-3),
+    "more than there is": lambda state: state["progress"].update(done=10**9),
+    "a text among scores": lambda state: state["progress"].update(best="x"),
+    "an unknown number": lambda state: state["progress"].update(count_step=3),
 }
 
 
@@ -328,6 +344,26 @@ def test_a_checkpoint_that_does_not_fit_gives_way_to_the_one_before(name, run, l
     newest.unlink()
     caplog.clear()
     assert checkpoints.newest_checkpoint(tmp_path, learner_of) and not caplog.messages
+
+
+def test_settings_and_layout_of_a_saved_optimiser_are_not_taken_over(run, learner_of, tmp_path):
+    """By settings that lack, numbers in another order and moments of one number in memory torch crashes."""
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step-999999999.pt").mkdir()  # neither read nor removed
+    newest = checkpoints.checkpoint_files(tmp_path)[-2]
+    state = torch.load(newest)
+    (group,), moments = state["learner"]["optimizer"]["param_groups"], state["learner"]["optimizer"]["state"]
+    group.update(params=group["params"][::-1], amsgrad=True, fused=False)
+    del group["betas"]
+    moments[0]["exp_avg"] = torch.ones(1, 1).expand(moments[0]["exp_avg"].shape)
+    torch.save(state, newest)
+    learner_of.load_state_dict(checkpoints.newest_checkpoint(tmp_path, learner_of)["learner"])
+    (group,) = learner_of.optimizer.param_groups
+    assert (group["betas"], group["fused"], group["amsgrad"]) == ((0.9, 0.999), True, False)
+    moment = learner_of.optimizer.state[learner_of.weights[0]]["exp_avg"]
+    assert moment.is_contiguous() and moment.eq(1).all()
+    checkpoints.save_checkpoint(tmp_path, learner_of, checkpoints.Progress(step=9), 12, "")
+    assert (tmp_path / "checkpoints" / "step-999999999.pt").is_dir()
 
 
 def test_odd_lines_of_a_log_are_left_out(run, tmp_path):
