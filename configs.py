@@ -30,7 +30,7 @@ def load_config_dict(files: ModelFiles) -> dict:
 
 def load_config(files: ModelFiles):
     """The transformers configuration of a model folder."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     config = load_config_dict(files)
     path = files.folder / "config.json"
@@ -43,7 +43,13 @@ def load_config(files: ModelFiles):
     # transformers raises many types for a configuration it cannot use.
     with explain_errors(str(path), "expected a configuration of transformers"):
         loaded = AutoConfig.for_model(**config)
-    check_sizes(loaded.get_text_config(), path)
+        for name in config:
+            if callable(getattr(type(loaded), name, None)):
+                raise ValueError(f"{name} is no setting")
+        text = loaded.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise ValueError(f"its text_config is a {type(text).__name__}")
+    check_sizes(text, path)
     return loaded
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from cli import UserError
 from decoding import Beams, Reply, Row, Token, extend_beams, extend_rows, rank_replies
 from model import DialogModel
 from options import Decoding
@@ -230,6 +231,8 @@ class Generation:
         special = self.model.ids.all
         while self.ranked is None and self._goes_on():
             logits = self.model.lm_logits(self._hidden()).float()  # (R, V)
+            if logits.isnan().any():  # nothing can be drawn, and what is likeliest means nothing
+                raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
             if self.beams:
                 parents = extend_beams(logits, self.rows, self.beams, special)
                 if self.state is not None:

@@ -129,8 +129,9 @@ def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
                 found = load_file(path)
             else:
                 found = torch.load(path, map_location="cpu", weights_only=True)
-                while wrapping := isinstance(found, dict) and WRAPPINGS & found.keys():
-                    found = found[min(wrapping)]
+                for _ in WRAPPINGS:  # one in the other, but not for ever
+                    if wrapping := isinstance(found, dict) and WRAPPINGS & found.keys():
+                        found = found[min(wrapping)]
                 if not isinstance(found, dict):
                     raise ValueError(f"a {type(found).__name__}")
             for name, tensor in found.items():
@@ -151,7 +152,8 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     infinite = [
         name
         for name, parameter in lm.named_parameters()
-        if not torch.stack(parameter.aminmax()).isfinite().all()  # a nan is both minimum and maximum
+        # a nan is both minimum and maximum; an empty one has neither
+        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all()
     ]
     for fault, names in {
         "have wrong shapes in": reshaped,

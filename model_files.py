@@ -6,13 +6,13 @@ A folder is whole, or what it lacks is said.
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cli import UserError, explain_errors, log
 from files import download, forget, is_url, typed_path, unpack
+from options import accepts, expected
 from smollm2 import fetch_smollm2
 
 FINETUNED_URL = "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
@@ -123,12 +123,16 @@ def shards(path: Path) -> frozenset[str]:
     """The names of all files that belong together with one, or with those that an index names."""
     if path.name.endswith(".index.json"):
         with explain_errors(f"cannot read {path}", "expected an index of transformers"):
-            return frozenset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("it names no files")
+            return frozenset(names)
     numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", path.name)
     if not numbered:
         return frozenset([path.name])
     start, count, end = numbered.groups()
-    return frozenset(f"{start}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1))
+    others = (f"{start}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1))
+    return frozenset([path.name, *others])
 
 
 def refuse_pointers(*paths: Path) -> None:
@@ -186,12 +190,12 @@ def with_adapter(folder: Path) -> ModelFiles:
         base = config["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise ValueError(f"the base is {base!r}")
-        if folder.resolve() in (typed_path(base).resolve(), typed_path(base).resolve() / ADAPTER):
-            raise ValueError("the base is this adapter itself")
     if revision := config.get("revision"):
         log.warning(f"warning: {path}: not read: the revision {revision!r} of the base; its newest one is taken")
     try:
         files = find_model(base)
+    except RecursionError:
+        raise UserError(f"the base that {path} names is an adapter of this one; expected a model") from None
     except UserError as error:
         raise UserError(f"the base that {path} names: {error}") from error
     return replace(files, adapters=(*files.adapters, folder))
@@ -217,20 +221,24 @@ def find_finetuned_model(name: str) -> ModelFiles:
 DECODING_NAMES = {"max_new_tokens": "max_length", "no_repeat_ngram_size": "no_repeat_ngram"}
 
 
-def decoding_defaults(files: ModelFiles, names: Iterable[str]) -> dict[str, Any]:
+def decoding_defaults(files: ModelFiles, options: dict[str, Field]) -> dict[str, Any]:
     """How a model's replies are drawn where nobody asks for another way: its generation config.
 
     Args:
-        names: the decoding options there are.
+        options: of decoding, by name.
     Raises:
-        UserError: the file is not transformers' JSON.
+        UserError: the file is not transformers' JSON, or has a value that an option does not take.
     """
     path = files.tokenizer_folder / "generation_config.json"
     if files.gguf or not path.exists():
         return {}
     with explain_errors(f"cannot read {path}", "expected a generation config of transformers"):
         config = {DECODING_NAMES.get(name, name): value for name, value in json.loads(path.read_text("utf-8")).items()}
-    return {name: config[name] for name in names if config.get(name) is not None}
+    defaults = {name: config[name] for name in options if config.get(name) is not None}
+    for name, value in defaults.items():
+        if not accepts(options[name], value):
+            raise UserError(f"{path}: {name} is {value!r}; expected {expected(options[name], value)}")
+    return defaults
 
 
 # Names that nobody means for the hub: ./x, ~/x, a/b/c, x/, a\b, x.gguf, x.tar.gz.

@@ -340,7 +340,7 @@ def test_names_that_last(tmp_path, monkeypatch):
         (
             "adapter_config.json",
             lambda path: rewrite(path, base_model_name_or_path=str(path.parent)),
-            "the base is this adapter itself",
+            "is an adapter of this one; expected a model",
         ),
         ("adapter_config.json", lambda path: rewrite(path, peft_type="NONSENSE"), "cannot use the adapter in"),
         ("adapter_config.json", lambda path: rewrite(path, r=3), "cannot use the adapter in .*size mismatch"),

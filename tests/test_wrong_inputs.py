@@ -420,11 +420,7 @@ class Malice:
 
 
 def config(**changes):
-    def change(folder: Path) -> None:
-        old = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(old | changes))
-
-    return change
+    return lambda folder: rewrite_json(folder / "config.json", **changes)
 
 
 def weights(name: str, alter=None, rename: str = ""):
@@ -469,6 +465,12 @@ def pop_nothing(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def rewrite_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+LOOP: dict = {}
+LOOP["model"] = LOOP
 REMOTE = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}
 ANEW = "; fetch the model again, or use an earlier checkpoint"
 COPY = "; copy them into it, or fetch the model again"
@@ -510,6 +512,10 @@ WRONG_MODELS = {
     "shard-of-three": (content("model-00002-of-00003.safetensors", b""), "{0} lacks 2 of the 3 files of its weights, such as model-00001-of-00003.safetensors" + COPY),
     "index-alone": (content("pytorch_model.bin.index.json", b'{"weight_map": {"a": "x.bin", "b": "x.bin"}}'), "{0} lacks 1 of the 1 files of its weights, such as x.bin" + COPY),
     "index-of-nothing": (content("model.safetensors.index.json", b"{}"), "cannot read {0}/model.safetensors.index.json: 'weight_map'; expected an index of transformers"),
+    "index-of-no-files": (content("model.safetensors.index.json", b'{"weight_map": {}}'), "cannot read {0}/model.safetensors.index.json: it names no files; expected an index of transformers"),
+    "wrapped-in-itself": (content("pytorch_model.bin", saved(LOOP)), "cannot load the weights in {0}/pytorch_model.bin: model is a dict; expected whole files of tensors"),
+    "a-setting-that-is-a-function": (config(to_dict=1), "{0}/config.json: to_dict is no setting; expected a configuration of transformers"),
+    "token-types-in-words": (lambda folder: rewrite_json(folder / "tokenizer_config.json", token_types="no"), "cannot read the tokenizer in {0}: token_types is 'no', not true or false; expected one of transformers'"),
     "two-checkpoints": (lambda folder: (content("checkpoint_1.pth", b"")(folder), (folder / "checkpoint_2.pt").touch()), "{0} holds weights in 2 files, such as checkpoint_1.pth and checkpoint_2.pt; rename the one to use to pytorch_model.bin"),
     "flax": (content("flax_model.msgpack", b""), "{0} holds no weights that are read here, but flax_model.msgpack" + CONVERT),
     "tensorflow": (content("tf_model.h5", POINTER), "{0} holds no weights that are read here, but tf_model.h5" + CONVERT),
