@@ -24,7 +24,7 @@ from cli import UserError, explain_errors, log
 
 def typed_path(name: str) -> Path:
     """A path as people type it: ~ is the home folder. Raises UserError for what no path holds."""
-    if "\0" in name:
+    if "\0" in os.fspath(name):
         raise UserError(f"{name!r} is no path; expected one without a NUL")
     return Path(os.path.expanduser(name))  # pathlib's own raises where there is no such user
 
