@@ -39,6 +39,7 @@ INSTEAD = {
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+BASE_OF = "the base that"  # begins what is said of an adapter's base
 ADAPTER = "adapter"  # the folder with these in a run folder
 # The multiple-choice head, where the rest is a plain model: other engines refuse tensors that they do not know.
 HEAD_WEIGHTS = "multiple_choice_head.safetensors"
@@ -195,9 +196,11 @@ def with_adapter(folder: Path) -> ModelFiles:
     try:
         files = find_model(base)
     except RecursionError:
-        raise UserError(f"the base that {path} names is an adapter of this one; expected a model") from None
+        raise UserError(f"{BASE_OF} {path} names is an adapter of this one; expected a model") from None
     except UserError as error:
-        raise UserError(f"the base that {path} names: {error}") from error
+        if str(error).startswith(BASE_OF):  # an adapter's own base: the innermost is the one to mend
+            raise
+        raise UserError(f"{BASE_OF} {path} names: {error}") from error
     return replace(files, adapters=(*files.adapters, folder))
 
 

@@ -29,7 +29,7 @@ import train
 from cli import UserError, explain_errors, run_script
 from conversation import Conversation
 from dialogs import Dialogs, read_dataset
-from files import download, unpack
+from files import download, typed_path, unpack
 from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, json_lines, kept, member, read, write_tar
 from inputs import Instances
 from model_files import find_model
@@ -491,6 +491,8 @@ WRONG_MODELS = {
     "a-million-layers": (config(n_layer=10**6), "{0}/config.json: n_layer is 1000000; expected 1 to 10000"),
     "no-width": (config(n_embd=0), "{0}/config.json: n_embd is 0; expected 1 to 1000000"),
     "less-than-no-heads": (config(n_head=-4), "{0}/config.json: n_head is -4; expected 1 to 10000"),
+    "no-positions": (config(n_positions=0), "the weights in {0} have wrong shapes in 1 tensors, such as transformer.wpe.weight (128, 32) for (0, 32)" + ANEW),
+    "text-config": (config(text_config={}), "{0}/config.json: its text_config is a dict; expected a configuration of transformers"),
     "indivisible": (config(n_head=5), "cannot load the weights in {0}: `embed_dim` must be divisible by num_heads (got `embed_dim`: 32 and `num_heads`: 5).; expected whole files of tensors"),
     "more-layers": (config(n_layer=3), "the weights in {0} lack 12 tensors, such as transformer.h.2.attn.c_attn.bias" + ANEW),
     "missing": (weights("transformer.ln_f.bias"), "the weights in {0} lack 1 tensors, such as transformer.ln_f.bias" + ANEW),
@@ -511,6 +513,8 @@ WRONG_MODELS = {
     "vocabulary-is-a-pointer": (lambda folder: (folder / "vocab.json").write_bytes(POINTER), "{0}/vocab.json is a Git LFS pointer, not the file itself; run git lfs pull in {0}"),
     "shard-of-three": (content("model-00002-of-00003.safetensors", b""), "{0} lacks 2 of the 3 files of its weights, such as model-00001-of-00003.safetensors" + COPY),
     "index-alone": (content("pytorch_model.bin.index.json", b'{"weight_map": {"a": "x.bin", "b": "x.bin"}}'), "{0} lacks 1 of the 1 files of its weights, such as x.bin" + COPY),
+    "index-of-numbers": (content("model.safetensors.index.json", b'{"weight_map": {"a": 1, "b": "x"}}'), "cannot read {0}/model.safetensors.index.json: it names no files; expected an index of transformers"),
+    "history-in-words": (lambda folder: rewrite_json(folder / "tokenizer_config.json", max_history="x"), "cannot read the tokenizer in {0}: max_history is 'x', not a whole number of at least -1; expected one of transformers'"),
     "index-of-nothing": (content("model.safetensors.index.json", b"{}"), "cannot read {0}/model.safetensors.index.json: 'weight_map'; expected an index of transformers"),
     "index-of-no-files": (content("model.safetensors.index.json", b'{"weight_map": {}}'), "cannot read {0}/model.safetensors.index.json: it names no files; expected an index of transformers"),
     "wrapped-in-itself": (content("pytorch_model.bin", saved(LOOP)), "cannot load the weights in {0}/pytorch_model.bin: model is a dict; expected whole files of tensors"),
@@ -588,6 +592,7 @@ def prefixed(prefix: str):
 
 WHOLE_MODELS = {
     "shards": shard,
+    "shard-of-none": renamed(model="model-00001-of-00000.safetensors"),
     "another-name": renamed(model="best.safetensors"),
     "original-checkpoint": repack("checkpoint_mymodel_28215.pt"),
     "pth": repack("checkpoint_mymodel_3.pth"),
@@ -671,6 +676,38 @@ def high_id(folder: Path) -> None:
     """A vocabulary with an id of 2**31 - 1."""
     vocabulary = json.loads((folder / "vocab.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {"zebra": 2**31 - 1}))
+
+
+def test_adapters_that_name_each_other(tmp_path, ended):
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": str(tmp_path / base)})
+        )
+    status, said = ended(interact, "--personality", "hi", "--model", tmp_path / "a")
+    assert status == 2
+    assert re.fullmatch(
+        f"error: the base that {tmp_path}/[ab]/adapter_config.json names is an adapter of this one; expected a model\n",
+        said,
+    )
+
+
+def test_no_path_holds_a_nul():
+    with pytest.raises(UserError, match="expected one without a NUL"):
+        typed_path("a\0b")
+
+
+def test_a_model_whose_numbers_are_not_finite_says_nothing(tiny, load):
+    model, tokenizer = load(tiny("gpt2"))
+    chat = Conversation(model, tokenizer, ["hi"], Decoding(), 2, 0)
+    weight = model.lm.transformer.ln_f.weight.data
+    before = weight.clone()
+    try:
+        weight.fill_(float("nan"))
+        with pytest.raises(UserError, match="numbers that are not finite"):
+            chat.reply("hello")
+    finally:
+        weight.copy_(before)
 
 
 def test_a_tokenizer_with_ids_far_apart(damaged, load):
