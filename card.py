@@ -48,7 +48,8 @@ python interact.py --model_checkpoint . --personality "i like cats." --personali
 | `<eos>` | ends the reply; the multiple-choice head reads it |
 | `<pad>` | fills up a batch |
 """
-# How to use a checkpoint without the toolkit: one with token types, and one that has none.
+# How to use a checkpoint without the toolkit: one with token types, one that has none, one without a chat template,
+# and an adapter alone.
 TOKEN_TYPES = """\
 In plain transformers. Every token has a second embedding, added to its own: that of its speaker.{cut}
 
@@ -104,14 +105,12 @@ NO_TEMPLATE = """\
 There is no chat template: none gives the tokens that the model was trained on, for its tokenizer joins or changes what
 stands beside special tokens. The rows are those of this table.
 """
-SPACY = """ This model learned from
-text cut as spaCy cuts it (`do n't`), which the toolkit does too; its tokenizer alone cuts otherwise (`don ' t`)."""
-
-
 ADAPTER_ALONE = """\
 This folder holds an adapter alone, in `adapter/`. The toolkit merges it into its base model whenever it loads this
 folder; other programs need the merged model, which `--lora_save both` writes. The rows are those of this table.
 """
+SPACY = """ This model learned from
+text cut as spaCy cuts it (`do n't`), which the toolkit does too; its tokenizer alone cuts otherwise (`don ' t`)."""
 
 
 def recipe(tokenizer, adapter_alone: bool) -> str:

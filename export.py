@@ -74,7 +74,7 @@ def modelfile(gguf: str, limit: int, max_history: int, decoding: Decoding, perso
     Args:
         limit: tokens that the model takes at once.
     """
-    parameters = {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    parameters = {name: getattr(decoding, name) for name in ("temperature", "top_k", "min_p")}
     # Ollama's own defaults are more tokens than some models take, and 1.1.
     parameters |= {"num_ctx": limit, "repeat_penalty": decoding.repetition_penalty}
     parameters["top_p"] = decoding.top_p if decoding.top_p > 0 else 1.0  # 0 is off here, the likeliest token there

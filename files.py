@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from cli import UserError, explain_errors, log
 
 
-def typed_path(name: str) -> Path:
+def typed_path(name: str | Path) -> Path:
     """A path as people type it: ~ is the home folder. Raises UserError for what no path holds."""
     if "\0" in os.fspath(name):
         raise UserError(f"{name!r} is no path; expected one without a NUL")

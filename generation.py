@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from cli import UserError
 from decoding import Beams, Reply, Row, Token, extend_beams, extend_rows, rank_replies
-from model import DialogModel
+from model import NOT_FINITE, DialogModel
 from options import Decoding
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Generation:
         while self.ranked is None and self._goes_on():
             logits = self.model.lm_logits(self._hidden()).float()  # (R, V)
             if logits.isnan().any():  # nothing can be drawn, and what is likeliest means nothing
-                raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
+                raise UserError(NOT_FINITE)
             if self.beams:
                 parents = extend_beams(logits, self.rows, self.beams, special)
                 if self.state is not None:

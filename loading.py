@@ -15,7 +15,7 @@ from batches import Batch, collate
 from cli import UserError, explain_errors, first_line, log
 from configs import load_config
 from inputs import Instance
-from model import HEAD, DialogModel, OpenAIGPTBody, packed_visibility, same_numbers, with_choice_head
+from model import HEAD, NOT_FINITE, DialogModel, OpenAIGPTBody, packed_visibility, same_numbers, with_choice_head
 from model_files import ModelFiles
 from options import Decoding
 from smollm2 import read_gguf
@@ -186,7 +186,7 @@ def probe(model: DialogModel) -> None:
     batch = collate([first, second], model.ids)
     padded = model._hidden_padded(batch)
     if not padded.isfinite().all():
-        raise UserError("the model's weights give numbers that are not finite; use an earlier checkpoint of it")
+        raise UserError(NOT_FINITE)
     if isinstance(model.body, OpenAIGPTBody):
         return
     kind, reason = model.lm.config.model_type, packing_fault(model, batch, padded)

@@ -111,6 +111,7 @@ class OpenAIGPTWithCache(OpenAIGPTLMHeadModel):
 # ------------------------------------------------------------------------------------------------------------
 
 
+NOT_FINITE = "the model's weights give numbers that are not finite; use an earlier checkpoint of it"
 HEAD = "multiple_choice_head."  # begins the names of its tensors
 
 

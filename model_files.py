@@ -39,7 +39,6 @@ INSTEAD = {
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
-BASE_OF = "the base that"  # begins what is said of an adapter's base
 ADAPTER = "adapter"  # the folder with these in a run folder
 # The multiple-choice head, where the rest is a plain model: other engines refuse tensors that they do not know.
 HEAD_WEIGHTS = "multiple_choice_head.safetensors"
@@ -148,21 +147,21 @@ def refuse_pointers(*paths: Path) -> None:
 
 
 def check_folder(folder: Path) -> ModelFiles:
-    """The files of a model's folder.
+    """The files of a model's folder; of a run with an adapter alone, those of the adapter's folder.
 
     Raises:
         UserError: it holds no configuration, or what there is besides is neither weights nor nothing.
     """
     files = ModelFiles(folder)
     if is_adapter(folder):
-        return with_adapter(folder)
+        return files
     if not files.has("config.json"):
         raise UserError(f"{folder} holds no config.json; expected a model folder, such as one that train.py wrote")
     refuse_pointers(*(path for name in ("*.json", "*.txt", "*.model", "*.bpe") for path in folder.glob(name)))
     if files.has_weights:
         return files
     if is_adapter(folder / ADAPTER):  # a run of train.py --lora_save adapter
-        return with_adapter(folder / ADAPTER)
+        return ModelFiles(folder / ADAPTER)
     if files.has("training_args.json"):
         reason = "as before a run's first evaluation"
         raise UserError(f"{folder} holds no weights, {reason}; go on with it: python train.py --resume {folder}")
@@ -179,12 +178,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists() and not ModelFiles(folder).has_weights
 
 
-def with_adapter(folder: Path) -> ModelFiles:
-    """The model that an adapter names as its base, to be used with this adapter.
-
-    Raises:
-        UserError: the adapter's configuration names none, or the base cannot be found.
-    """
+def base_of(folder: Path) -> str:
+    """The name of the model that an adapter is to be merged into. Raises UserError where its configuration has none."""
     path = folder / ADAPTER_CONFIG
     with explain_errors(f"cannot read {path}", "expected peft's JSON, with the name of a base model"):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -193,15 +188,7 @@ def with_adapter(folder: Path) -> ModelFiles:
             raise ValueError(f"the base is {base!r}")
     if revision := config.get("revision"):
         log.warning(f"warning: {path}: not read: the revision {revision!r} of the base; its newest one is taken")
-    try:
-        files = find_model(base)
-    except RecursionError:
-        raise UserError(f"{BASE_OF} {path} names is an adapter of this one; expected a model") from None
-    except UserError as error:
-        if str(error).startswith(BASE_OF):  # an adapter's own base: the innermost is the one to mend
-            raise
-        raise UserError(f"{BASE_OF} {path} names: {error}") from error
-    return replace(files, adapters=(*files.adapters, folder))
+    return base
 
 
 def lasting_name(name: str) -> str:
@@ -251,8 +238,27 @@ LIKE_A_PATH = re.compile(r"^[./~]|/.*/|/$|\\|\.gguf$|\.gz$")
 def find_model(name: str) -> ModelFiles:
     """The files of a model given by folder, .gguf or .tar.gz file, URL of one, short name or hub id.
 
-    Raises UserError where there is no such file, or it cannot be fetched.
+    An adapter's are those of its base, which may be an adapter too.
+
+    Raises:
+        UserError: there is no such file, or it cannot be fetched.
     """
+    files, adapters = find_files(name), ()
+    while not files.gguf and is_adapter(files.folder):
+        path = files.folder / ADAPTER_CONFIG
+        if files.folder in adapters:
+            raise UserError(f"the base that {path} names is an adapter of this one; expected a model")
+        adapters = (files.folder, *adapters)
+        base = base_of(files.folder)
+        try:
+            files = find_files(base)
+        except UserError as error:
+            raise UserError(f"the base that {path} names: {error}") from error
+    return replace(files, adapters=adapters)
+
+
+def find_files(name: str) -> ModelFiles:
+    """As `find_model`, but of an adapter its own files."""
     path = download(name, "pass --model a local folder or file") if is_url(name) else typed_path(name)
     if os.path.isfile(path):  # pathlib's own raises for names that are too long
         return find_model_in_file(path)
@@ -274,7 +280,7 @@ def find_model_in_file(path: Path) -> ModelFiles:
     if magic[:2] == b"\x1f\x8b":
         return check_folder(unpack(path))
     if path.name == "latest":  # a text file, where links are not possible
-        return find_model(str(find_run(str(path))))
+        return find_files(str(find_run(str(path))))
     forget(path)
     raise UserError(f"{path} is neither a .gguf nor a .tar.gz file; expected one of these or a model folder")
 

@@ -155,6 +155,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def rewrite_json(path: Path, **changes) -> None:
+    """Change some keys of an object in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def kept(cache: Path) -> list[str]:
     """The names in the cache, without locks."""
     return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")

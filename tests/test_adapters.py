@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from adapters import add_adapter, look_up, project, trained_rows
 from batches import collate
 from cli import UserError, log
+from helpers import rewrite_json
 from inputs import utterances_shown
 from learner import LR, Learner, LearningSettings, optimizer_step
 from model import DialogModel, with_choice_head
@@ -281,7 +282,7 @@ def test_settings_of_peft_that_are_not_ours(options, made_by_peft, load):
 
 def test_what_peft_would_leave_out_or_merge_to_something_else(made_by_peft, load, monkeypatch):
     folder, _ = made_by_peft(bias="all")
-    rewrite(folder / "adapter_config.json", of_a_newer_peft=True)
+    rewrite_json(folder / "adapter_config.json", of_a_newer_peft=True)
     told = []
     monkeypatch.setattr(log, "warning", told.append)
     load(folder)
@@ -335,15 +336,19 @@ def test_names_that_last(tmp_path, monkeypatch):
     [
         ("adapter_config.json", lambda path: path.write_text("{"), "adapter_config.json: .*; expected peft's JSON"),
         ("adapter_config.json", lambda path: path.write_text("{}"), "cannot read .*base_model_name_or_path"),
-        ("adapter_config.json", lambda path: rewrite(path, base_model_name_or_path=None), "the base is None"),
-        ("adapter_config.json", lambda path: rewrite(path, base_model_name_or_path="./gone"), "no such model: ./gone"),
+        ("adapter_config.json", lambda path: rewrite_json(path, base_model_name_or_path=None), "the base is None"),
         (
             "adapter_config.json",
-            lambda path: rewrite(path, base_model_name_or_path=str(path.parent)),
+            lambda path: rewrite_json(path, base_model_name_or_path="./gone"),
+            "no such model: ./gone",
+        ),
+        (
+            "adapter_config.json",
+            lambda path: rewrite_json(path, base_model_name_or_path=str(path.parent)),
             "is an adapter of this one; expected a model",
         ),
-        ("adapter_config.json", lambda path: rewrite(path, peft_type="NONSENSE"), "cannot use the adapter in"),
-        ("adapter_config.json", lambda path: rewrite(path, r=3), "cannot use the adapter in .*size mismatch"),
+        ("adapter_config.json", lambda path: rewrite_json(path, peft_type="NONSENSE"), "cannot use the adapter in"),
+        ("adapter_config.json", lambda path: rewrite_json(path, r=3), "cannot use the adapter in .*size mismatch"),
         ("adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "cannot use the adapter"),
         ("adapter_model.safetensors", lambda path: path.unlink(), "cannot use the adapter"),
         (
@@ -369,13 +374,9 @@ def test_a_folder_that_is_not_whole(file, change, said, trained, load):
 
 def test_a_revision_of_the_base_is_named(trained, load, caplog):
     folder = trained("gpt2", steps=0).save()
-    rewrite(folder / "adapter_config.json", revision="v2")
+    rewrite_json(folder / "adapter_config.json", revision="v2")
     load(folder)
     assert "adapter_config.json: not read: the revision 'v2' of the base" in caplog.text
-
-
-def rewrite(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def keep(path: Path, wanted, **more) -> None:
@@ -385,7 +386,7 @@ def keep(path: Path, wanted, **more) -> None:
 
 def test_an_adapter_on_another_model_than_its_own(trained, load, tiny):
     folder = trained("gpt2", steps=0).save()
-    rewrite(folder / "adapter_config.json", base_model_name_or_path=str(tiny("llama")))
+    rewrite_json(folder / "adapter_config.json", base_model_name_or_path=str(tiny("llama")))
     with pytest.raises(UserError, match="cannot use the adapter in .*expected one that peft can merge into the model"):
         load(folder)
 

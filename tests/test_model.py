@@ -20,7 +20,7 @@ import cpu
 from batches import collate
 from cli import UserError
 from cpu import PackedLinear, optimize_for_cpu_inference
-from helpers import run_python
+from helpers import rewrite_json, run_python
 from inputs import Instance
 from loading import load_model
 from model import gold_ranks
@@ -474,8 +474,7 @@ def drop_tensor(folder: Path) -> None:
 
 
 def shrink_config(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"n_embd": 16}
-    (folder / "config.json").write_text(json.dumps(config))
+    rewrite_json(folder / "config.json", n_embd=16)
 
 
 def cut_file(folder: Path) -> None:

@@ -30,7 +30,20 @@ from cli import UserError, explain_errors, run_script
 from conversation import Conversation
 from dialogs import Dialogs, read_dataset
 from files import download, typed_path, unpack
-from helpers import CONTENT, DIALOG, IDS, TURNS, CountingTokenizer, Handler, json_lines, kept, member, read, write_tar
+from helpers import (
+    CONTENT,
+    DIALOG,
+    IDS,
+    TURNS,
+    CountingTokenizer,
+    Handler,
+    json_lines,
+    kept,
+    member,
+    read,
+    rewrite_json,
+    write_tar,
+)
 from inputs import Instances
 from model_files import find_model
 from options import Decoding
@@ -463,10 +476,6 @@ def saved(value) -> bytes:
 def pop_nothing(tensor: torch.Tensor) -> torch.Tensor:
     tensor[-1] = float("nan")
     return tensor
-
-
-def rewrite_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 LOOP: dict = {}
