@@ -19,6 +19,7 @@ from model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from utils import DialogTokenizer
 
 NAME = "default"  # peft's own name for the only adapter of a model
+WRAPPED_COPY = re.compile(r"\.(modules_to_save|original_module)\.")  # in a tensor's name in an adapter's file
 
 
 def has_adapter(lm: PreTrainedModel) -> bool:
@@ -97,12 +98,15 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         with warnings.catch_warnings(record=True, action="always") as told:
             config = PeftConfig.from_pretrained(str(folder))
+        weights = load_peft_weights(str(folder), device="cpu")
+        # Of an embedding that was resized and trained, peft saves its wrapper's two copies too.
+        weights = {name: weight for name, weight in weights.items() if not WRAPPED_COPY.search(name)}
+        resize_to(lm, weights)
         with warnings.catch_warnings(action="ignore"):
             config.inference_mode = False  # what it trains is then marked so
             adapted = get_peft_model(lm, config)
             own = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
             own = {name for name in own if "multiple_choice_head.summary." not in name}  # as where all biases are
-            weights = load_peft_weights(str(folder), device="cpu")
             result = set_peft_model_state_dict(adapted, weights)
             adapted.eval()
             with torch.no_grad():
@@ -133,6 +137,17 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     lm.requires_grad_(True)  # peft freezes what it does not train
     lm.choice_head_trained |= any("multiple_choice_head" in name for name in weights)
     return lm
+
+
+def resize_to(lm: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Give a model's vocabulary the size that it has in the weights of an adapter, where these hold a whole embedding.
+
+    Other tools add their own tokens to the base and then save all rows of its embedding, those of our tokens not.
+    """
+    name = next(name for name, layer in lm.named_modules() if layer is lm.get_input_embeddings())
+    whole = weights.get(f"base_model.model.{name}.weight")
+    if whole is not None:
+        lm.resize_token_embeddings(len(whole), mean_resizing=False)
 
 
 def without_adapter(lm: PreTrainedModel) -> PreTrainedModel:

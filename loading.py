@@ -45,10 +45,10 @@ def load_model(
             f"warning: {files.folder}/config.json asks for code of its own (auto_map), which is never run; "
             f"using the {lm.config.model_type} of transformers"
         )
-    if lm.get_input_embeddings().num_embeddings != len(tokenizer):
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for folder in files.adapters:
         lm = merge_adapter(lm, folder)
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # where the adapter's embedding has other rows
     special = {f"{name}_token_id": getattr(tokenizer.ids, name) for name in ("bos", "eos", "pad")}
     for config in (lm.config, lm.config.get_text_config()):
         config.update(special)

@@ -280,6 +280,24 @@ def test_settings_of_peft_that_are_not_ours(options, made_by_peft, load):
     same(model.lm(input_ids=ROW).logits[..., : expected.shape[-1]], expected)
 
 
+@pytest.mark.parametrize("tokens", [-7, 2, 64], ids=lambda tokens: f"{tokens} tokens more than the base")
+@pytest.mark.parametrize("learned", [None, ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+def test_an_adapter_that_holds_a_whole_embedding(learned, tokens, make_model, load, tmp_path):
+    """As other tools save it where they added tokens of their own to the base."""
+    lm = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "base", "llama"))
+    lm.resize_token_embeddings(lm.config.vocab_size + tokens)
+    adapted = get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=learned))
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model, tokenizer = load(tmp_path / "adapter")
+    found, expected = model.lm(input_ids=ROW).logits, adapted.eval()(input_ids=ROW).logits
+    shared = min(len(tokenizer), expected.shape[-1])
+    assert found.shape[-1] == len(tokenizer)
+    same(found[..., :shared], expected[..., :shared])
+
+
 def test_what_peft_would_leave_out_or_merge_to_something_else(made_by_peft, load, monkeypatch):
     folder, _ = made_by_peft(bias="all")
     rewrite_json(folder / "adapter_config.json", of_a_newer_peft=True)
