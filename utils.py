@@ -16,7 +16,7 @@ import numpy as np
 from cli import UserError, explain_errors, first_line, log, printable
 from configs import check_rules, load_config, load_config_dict
 from dialogs import Dialogs
-from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
+from files import lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
 from options import MAX_HISTORY, CommonSettings, accepts, expected
 from progress import progress_bar
@@ -311,7 +311,7 @@ def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progr
     path = path.with_name(f"{path.stem}_{key[:12]}{path.suffix}")
     # Of a node's processes one tokenises, and the others wait for it.
     with lock(path):
-        remove_unfinished(path.parent, f"{UNFINISHED}{path.name}.")
+        remove_unfinished(path.parent, path.name)
         arrays = read_cache(path, key)
         if arrays is None:
             started = time.monotonic()

@@ -164,8 +164,8 @@ def test_the_folder_of_an_archives_config(members, inside, tmp_path, cache):
 def test_an_archive_is_unpacked_once_and_again_where_it_has_changed(tmp_path, cache):
     path = write_tar(tmp_path / "model.tar.gz", "config.json")
     first = unpack(path)
-    (left := first.with_name(f"{first.name}.killed")).mkdir()
-    (other := first.with_name("other.killed")).mkdir()
+    (left := first.with_name(f".saving-{first.name}.killed")).mkdir()
+    (other := first.with_name(".saving-other.killed")).mkdir()
     (first / "mark").touch()
     assert unpack(path) == first
     assert (left.exists(), other.exists()) == (False, True)  # what a killed process left of this one, and of another
