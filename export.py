@@ -110,7 +110,7 @@ def main() -> None:
     check_plain(files, tokenizer)
     model = load_model(files, tokenizer, torch.device("cpu"))
     name, max_history = f"model-{settings.gguf}.gguf", tokenizer.choose_max_history(None)
-    decoding = Decoding(**decoding_defaults(files, Decoding.options()))
+    decoding = Decoding(**decoding_defaults(files))
     with whole_files(folder) as partial:
         write_gguf(partial / name, model, tokenizer, settings.gguf)
         text = modelfile(name, model.limit, max_history, decoding, settings.personality or [])

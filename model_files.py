@@ -6,13 +6,13 @@ A folder is whole, or what it lacks is said.
 import json
 import os
 import re
-from dataclasses import Field, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cli import UserError, explain_errors, log
 from files import download, forget, is_url, typed_path, unpack
-from options import accepts, expected
+from options import Decoding, check_value
 from smollm2 import fetch_smollm2
 
 FINETUNED_URL = "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
@@ -211,23 +211,23 @@ def find_finetuned_model(name: str) -> ModelFiles:
 DECODING_NAMES = {"max_new_tokens": "max_length", "no_repeat_ngram_size": "no_repeat_ngram"}
 
 
-def decoding_defaults(files: ModelFiles, options: dict[str, Field]) -> dict[str, Any]:
-    """How a model's replies are drawn where nobody asks for another way: its generation config.
+def decoding_defaults(files: ModelFiles) -> dict[str, Any]:
+    """How a model's replies are drawn where nobody asks for another way: options of `Decoding` by name.
 
-    Args:
-        options: of decoding, by name.
-    Raises:
-        UserError: the file is not transformers' JSON, or has a value that an option does not take.
+    They stand in its generation config. Raises UserError where that is not transformers' JSON, or has a value that an
+    option does not take.
     """
     path = files.tokenizer_folder / "generation_config.json"
     if files.gguf or not path.exists():
         return {}
     with explain_errors(f"cannot read {path}", "expected a generation config of transformers"):
-        config = {DECODING_NAMES.get(name, name): value for name, value in json.loads(path.read_text("utf-8")).items()}
-    defaults = {name: config[name] for name in options if config.get(name) is not None}
-    for name, value in defaults.items():
-        if not accepts(options[name], value):
-            raise UserError(f"{path}: {name} is {value!r}; expected {expected(options[name], value)}")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = {DECODING_NAMES.get(name, name): value for name, value in config.items()}
+    defaults = {}
+    for name, option in Decoding.options().items():
+        if config.get(name) is not None:
+            check_value(option, config[name], f"{path}: ")
+            defaults[name] = config[name]
     return defaults
 
 

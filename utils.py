@@ -18,7 +18,7 @@ from configs import check_rules, load_config, load_config_dict
 from dialogs import Dialogs
 from files import lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
-from options import MAX_HISTORY, CommonSettings, accepts, expected
+from options import MAX_HISTORY, CommonSettings, check_value
 from progress import progress_bar
 from records import FORMATS
 from splits import LISTS, Ragged, Split, Views, ragged, ragged_arrays, with_distractors
@@ -237,20 +237,18 @@ def load_tokenizer(
         check_rules(folder / "tokenizer.json")
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
         hf("Hello, I'm fine!")  # rules that fail with any text are told of here
-        check_own_settings(hf.init_kwargs)
+        check_own_settings(hf.init_kwargs, folder)
     if not files.gguf:
         check_vocabulary(hf, files)
     return DialogTokenizer(hf, *rules)
 
 
-def check_own_settings(saved: dict) -> None:
-    """Raise ValueError where what `DialogTokenizer` saves in a tokenizer's settings was changed to what it never is."""
+def check_own_settings(saved: dict, folder: Path) -> None:
+    """Refuse values that `DialogTokenizer` never saves in a tokenizer's settings. Raises ValueError or UserError."""
     if not isinstance(saved.get("token_types", True), bool):
         raise ValueError(f"token_types is {saved['token_types']!r}, not true or false")
     for name in ("pre_tokenizer", "max_history"):
-        option, value = CommonSettings.options()[name], saved.get(name)
-        if not accepts(option, value):
-            raise ValueError(f"{name} is {value!r}, not {expected(option, value)}")
+        check_value(CommonSettings.options()[name], saved.get(name), f"{folder}/tokenizer_config.json: ")
 
 
 def check_vocabulary(hf, files: ModelFiles) -> None:

@@ -316,7 +316,7 @@ def test_the_adapter_that_comes_with_the_toolkit(tiny):
     tokenizer = load_tokenizer(files)
     assert (len(tokenizer), tokenizer.max_history, tokenizer.ids.token_types) == (49157, -1, False)
     assert tokenizer.hf.chat_template == chat_template(utterances_shown(-1))
-    Decoding(**decoding_defaults(files, Decoding.options()))  # within their bounds
+    Decoding(**decoding_defaults(files))  # within their bounds
 
 
 def test_names_that_last(tmp_path, monkeypatch):
