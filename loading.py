@@ -33,7 +33,7 @@ def load_model(
     Raises:
         UserError: the weights are missing, damaged or of another architecture.
     """
-    if files.has_weights:
+    if files.weights:
         lm = load_weights(files)
     elif from_scratch:
         log.info(f"{files.folder} holds a configuration alone: from scratch, random weights")

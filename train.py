@@ -397,7 +397,7 @@ def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, dev
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
     from loading import load_model  # heavy: after all that can be told to be wrong at once
 
-    if settings.lora and not files.has_weights:
+    if settings.lora and not files.weights:
         raise UserError(f"{files.folder} holds no weights that --lora could keep; leave it out to train from scratch")
     model = load_model(files, tokenizer, device, from_scratch=True)
 

@@ -209,7 +209,7 @@ def load_tokenizer(
     base_types = not files.gguf and load_config_dict(files)["model_type"] in WITH_TOKEN_TYPES
     rules = pre_tokenizer, token_types, base_types
     if not files.has_tokenizer:
-        if files.has_weights:  # a vocabulary that is learned would give other words to the rows of their embedding
+        if files.weights:  # a vocabulary that is learned would give other words to the rows of their embedding
             raise UserError(
                 f"{files.folder} holds weights but no tokenizer; copy that of the base model into it "
                 "(tokenizer.json, or vocab.json and merges.txt)"
@@ -262,7 +262,7 @@ def check_vocabulary(hf, files: ModelFiles) -> None:
     if not 0 <= top < 2 * size + 1000:  # the embedding needs a row for each id up to it
         raise UserError(f"the tokenizer in {files.folder} has an id of {top} for {size} tokens; expected them in a row")
     words = len(vocabulary.keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
-    rows = load_config(files).get_text_config().vocab_size if files.has_weights else 0
+    rows = load_config(files).get_text_config().vocab_size if files.weights else 0
     if not words or 2 * len(hf) < rows:
         found = f"has {words} tokens for an embedding of {rows}" if words else "is empty"
         raise UserError(

@@ -364,7 +364,7 @@ def test_names_are_fetched_from_the_hub_as_safetensors_or_else_bin(name, repo, w
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     files = find_model(name)
     assert files == ModelFiles(tmp_path)
-    assert files.has_weights
+    assert files.weights
     assert asked == [(repo, True, False), (repo, False, True)][: 1 if weights == "model.safetensors" else 2]
 
 
@@ -393,7 +393,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out(tmp_path, monke
 def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server, cache, monkeypatch):
     monkeypatch.setattr(model_files, "FINETUNED_URL", server.url)
     server.content = write_tar(tmp_path / "archive", "config.json", "pytorch_model.bin").read_bytes()
-    assert find_finetuned_model("openai-gpt").has_weights
+    assert find_finetuned_model("openai-gpt").weights
     assert server.ranges == [None]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
