@@ -79,31 +79,28 @@ def initial_weights(files: ModelFiles, vocabulary: int) -> PreTrainedModel:
     config = load_config(files)
     config.vocab_size = vocabulary
     make = causal_lm_class(config)
-    try:
+    # Each architecture has its own errors for sizes that do not go together.
+    with explain_errors(f"{files.folder}/config.json", "expected sizes of which a model can be made"):
         return make(config)
-    except Exception as error:  # each architecture has its own for sizes that do not go together
-        raise UserError(
-            f"{files.folder}/config.json: {first_line(error)}; expected sizes of which a model can be made"
-        ) from error
 
 
 def load_weights(files: ModelFiles) -> PreTrainedModel:
     """A model from the files of its weights; a base model's multiple-choice head is freshly initialised."""
     path = files.folder / (files.gguf or "")
-    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # we name them
-    try:
+    # transformers, safetensors and pickle raise many types for a file they cannot use.
+    with explain_errors(f"cannot load the weights in {path}", "expected whole files of tensors"):
         if files.gguf:
-            quantised = read_gguf(path)
-            config, options["state_dict"] = quantised.config, quantised.state_dict()
+            config, tensors = read_gguf(path)
         else:
-            config, options["state_dict"] = load_config(files), read_tensors(files.weights)
-        lm, report = causal_lm_class(config).from_pretrained(None, config=config, **options)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
-        raise UserError(
-            f"cannot load the weights in {path}: {first_line(error)}; expected whole files of tensors"
-        ) from error
+            config, tensors = load_config(files), read_tensors(files.weights)
+        lm, report = causal_lm_class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
     check_weights(lm, report, path)
     return lm
 

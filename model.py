@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
@@ -21,14 +20,12 @@ from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, Ope
 
 from adapters import add_adapter, has_adapter, look_up, project, save_adapter, without_adapter
 from batches import Batch
-from cli import UserError, first_line
+from cli import explain_errors, quiet_transformers
 from files import whole_files
 from model_files import HEAD_WEIGHTS
 from utils import DialogTokenizer, SpecialIds
 
-# We say ourselves what matters in transformers' load reports.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+quiet_transformers()
 
 # ------------------------------------------------------------------------------------------------------------
 # openai-gpt with a key-value cache
@@ -303,12 +300,8 @@ class DialogModel(nn.Module):
         """From now on keep only each layer's input for the backward pass, and compute the rest again there."""
         # transformers before 5.22 has the second name only.
         enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
-        try:
+        with explain_errors("--gradient_checkpointing", "leave it out for this model, or use another one", ValueError):
             enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(
-                f"--gradient_checkpointing: {first_line(error)}; leave it out for this model, or use another one"
-            ) from error
 
 
 def packed_visibility(segments: Tensor, forks: Tensor) -> Tensor:
