@@ -49,11 +49,12 @@ def load_model(
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for folder in files.adapters:
         lm = merge_adapter(lm, folder)
-    special = {f"{name}_token_id": getattr(tokenizer.ids, name) for name in ("bos", "eos", "pad")}
+    ids = tokenizer.ids
+    special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     for config in (lm.config, lm.config.get_text_config()):
         config.update(special)
-    lm.generation_config = GenerationConfig(**special, **sampling(tokenizer.ids))
-    model = DialogModel(lm.float(), tokenizer.ids).eval()
+    lm.generation_config = GenerationConfig(**special, **sampling(ids))
+    model = DialogModel(lm.float(), ids).eval()
     if model.limit < 16:
         raise UserError(f"the model in {files.folder} takes {model.limit} tokens at once; expected at least 16")
     probe(model)
@@ -61,14 +62,20 @@ def load_model(
 
 
 def sampling(ids: SpecialIds) -> dict:
-    """How other engines are to draw replies: as interact.py does by default. Those with token types no engine can."""
+    """How other engines are to draw replies: as interact.py does by default. With token types no other engine can."""
     if ids.token_types:
         return {}
-    decoding = Decoding()
-    return {"do_sample": True} | {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
+    default = Decoding()
+    return {
+        "do_sample": True,
+        "temperature": default.temperature,
+        "top_k": default.top_k,
+        "top_p": default.top_p,
+    }
 
 
 def causal_lm_class(config) -> type[PreTrainedModel]:
+    """transformers' class for a configuration, with our second head. Raises UserError where it has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"a {config.model_type} model is not a causal language model; expected one, such as gpt2")
     return with_choice_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
@@ -105,9 +112,8 @@ def load_weights(files: ModelFiles) -> PreTrainedModel:
     return lm
 
 
-# Under these names training scripts keep a model in a checkpoint of theirs.
+# Under these names training scripts keep a model in a checkpoint of theirs; one may be inside the other.
 WRAPPINGS = {"model", "state_dict", "model_state_dict", "module"}
-
 
 # These wrappers of a model (DataParallel, torch.compile, FSDP) come into the names of its tensors.
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

