@@ -207,13 +207,14 @@ class Generation:
         # For one prefix alone: those of a batch would share beginnings of different length with the rows kept.
         self.prefix_cache = prefix_cache if len(prefixes) == 1 and model.packed else None
         copies = max(decoding.n_replies, decoding.num_beams)
-        self.rows = []
+        self.rows: list[Row] = []
+        self.beams: list[Beams] = []  # in a beam search those of each prefix, until it ends
         for (tokens, types), generator in zip(prefixes, generators, strict=True):
             prefix = list(zip(tokens, types, strict=True))
-            self.rows += [Row(prefix, generator) for _ in range(copies)]
-        self.beams = []  # of each prefix, until the search ends
-        if decoding.num_beams > 1:
-            self.beams = [Beams(decoding) for _ in prefixes]
+            rows = [Row(prefix, generator) for _ in range(copies)]
+            self.rows += rows
+            if decoding.num_beams > 1:
+                self.beams.append(Beams(rows, decoding))
         self.state: DecodeState | None = None
         self.ranked: list[list[Reply]] | None = None
 
@@ -234,7 +235,7 @@ class Generation:
             if logits.isnan().any():  # nothing can be drawn, and what is likeliest means nothing
                 raise UserError(NOT_FINITE)
             if self.beams:
-                parents = extend_beams(logits, self.rows, self.beams, special)
+                parents = extend_beams(logits, self.beams, special)
                 if self.state is not None:
                     self.state.reorder(parents)
             else:
