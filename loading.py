@@ -151,18 +151,12 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     lm.choice_head_trained = len(missing) == len(report["missing_keys"])
     # Checkpoints of old versions hold their causal mask as a buffer.
     surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    others = f", and hold {len(surplus)} others, such as {min(surplus)}" if missing and surplus else ""
-    infinite = [
-        name
-        for name, parameter in lm.named_parameters()
-        # a nan is both minimum and maximum; an empty one has neither
-        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all()
-    ]
-    for fault, names in {
-        "have wrong shapes in": reshaped,
-        "lack": missing,
-        "hold nan or infinity in": infinite,
-    }.items():
+    others = ""
+    if missing and surplus:
+        others = f", and hold {len(surplus)} others, such as {min(surplus)}"
+    infinite = [name for name, parameter in lm.named_parameters() if not all_finite(parameter)]
+    faults = {"have wrong shapes in": reshaped, "lack": missing, "hold nan or infinity in": infinite}
+    for fault, names in faults.items():
         if names:
             raise UserError(
                 f"the weights in {path} {fault} {len(names)} tensors, such as {min(names)}{others}; "
@@ -170,6 +164,13 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
             )
     if surplus:
         log.warning(f"warning: {path} holds {len(surplus)} tensors this model has no place for, such as {min(surplus)}")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    extremes = torch.stack(tensor.aminmax())  # a nan is both; this copies nothing, as isfinite of the whole would
+    return bool(extremes.isfinite().all())
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
 
+from adapters import save_adapter
 from batches import Batch, batches_by_length, load_batches
 from card import describe
 from checkpoints import Progress, checkpoint_files, newest_checkpoint, restore, save_checkpoint
@@ -325,7 +326,7 @@ class Run:
     def save_model(self) -> None:
         settings, model = self.settings, self.learner.model
         if settings.lora:
-            model.save_adapter(self.folder / ADAPTER, self.tokenizer, settings.lora_base)
+            save_adapter(model.lm, self.folder / ADAPTER, self.tokenizer, settings.lora_base)
         if settings.lora_save == "both":
             model.save(self.folder)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from adapters import add_adapter, look_up, project, trained_rows
+from adapters import add_adapter, look_up, project, save_adapter, trained_rows
 from batches import collate
 from cli import UserError, log
 from helpers import rewrite_json
@@ -68,7 +68,7 @@ class Trained:
         return output.lm_nll, output.mc_logits
 
     def save(self) -> Path:
-        self.model.save_adapter(self.folder, self.tokenizer, str(self.base))
+        save_adapter(self.model.lm, self.folder, self.tokenizer, str(self.base))
         return self.folder
 
 
