@@ -24,8 +24,8 @@ class Reply:
     tokens: list[int] = field(default_factory=list)
     complete: bool = False  # it ended with a special token, not at its longest length
     log_likelihood: float = 0.0  # summed over its tokens and that special one; of the model, not of the sampler
-    beam_score: float = 0.0  # in a beam search: its log-likelihood, changed by penalties
     mc_score: float | None = None  # the multiple-choice head's; None until the reply is scored
+    beam_score: float = 0.0  # in a beam search: its log-likelihood, changed by penalties
 
     @property
     def token_log_likelihood(self) -> float:
