@@ -34,12 +34,11 @@ def attention_in_blocks(
     """
     if attention_mask is None or attention_mask.dtype == torch.bool or query.shape[2] <= BLOCK:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    attended = [
-        sdpa_attention_forward(
-            module, queries, key.index_select(2, columns), value.index_select(2, columns), mask, **options
-        )[0]
-        for queries, (columns, mask) in zip(query.split(BLOCK, dim=2), mask_blocks(attention_mask), strict=True)
-    ]
+    attended = []
+    for queries, (columns, mask) in zip(query.split(BLOCK, dim=2), mask_blocks(attention_mask), strict=True):
+        keys, values = key.index_select(2, columns), value.index_select(2, columns)
+        block, _ = sdpa_attention_forward(module, queries, keys, values, mask, **options)
+        attended.append(block)
     return torch.cat(attended, dim=1), None
 
 
@@ -48,7 +47,8 @@ def mask_blocks(mask: Tensor) -> list[tuple[Tensor, Tensor]]:
     """For each block of queries: the columns that any of them attends to, in any row, and the mask of those columns."""
     blocks = []
     for rows in mask.split(BLOCK, dim=2):
-        columns = (rows > torch.finfo(mask.dtype).min).flatten(0, 2).any(0).nonzero()[:, 0]
+        visible = rows > torch.finfo(mask.dtype).min  # (B, 1, BLOCK, S)
+        columns = visible.flatten(0, 2).any(0).nonzero()[:, 0]
         blocks.append((columns, rows.index_select(3, columns)))
     return blocks
 

@@ -255,9 +255,9 @@ class Generation:
         size, n = self.decoding.num_beams, self.decoding.n_replies
         kept = [row for row in range(len(self.rows)) if row % size < n]  # the first n of each prefix
         self.rows = [self.rows[row] for row in kept]
-        best = [reply for beams in self.beams for reply in beams.best(n)]
-        for row, reply in zip(self.rows, best, strict=True):
-            row.reply = reply
+        for beams in self.beams:
+            for row, reply in zip(beams.rows[:n], beams.best(n), strict=True):
+                row.reply = reply
         self.beams = []
         if self.state is not None:  # the best may have ended many steps ago: their keys and values are overwritten
             self.state.rewind(kept)

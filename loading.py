@@ -132,15 +132,16 @@ def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
                 found = load_file(path)
             else:
                 found = torch.load(path, map_location="cpu", weights_only=True)
-                for _ in WRAPPINGS:  # one in the other, but not for ever
-                    if wrapping := isinstance(found, dict) and WRAPPINGS & found.keys():
-                        found = found[min(wrapping)]
+                for _ in WRAPPINGS:  # one in the other, but not for ever: a pickle may hold itself
+                    wrappings = isinstance(found, dict) and WRAPPINGS & found.keys()
+                    if wrappings:
+                        found = found[min(wrappings)]
                 if not isinstance(found, dict):
                     raise ValueError(f"a {type(found).__name__}")
             for name, tensor in found.items():
                 if not isinstance(tensor, Tensor):
                     raise ValueError(f"{name} is a {type(tensor).__name__}")
-            tensors |= {WRAPPERS.sub("", name): tensor for name, tensor in found.items()}
+                tensors[WRAPPERS.sub("", name)] = tensor
     return tensors
 
 
@@ -183,11 +184,12 @@ def probe(model: DialogModel) -> None:
         UserError: the weights give numbers that are not finite, or the model changes its logits in a way that
             `lm_logits` does not know.
     """
-    tokens = [token for token in range(len(model.ids.all) + 30) if token not in model.ids.all]
-    speakers = [model.ids.speaker1] * 3 + [model.ids.speaker2] * 3
+    ids = model.ids
+    tokens = [token for token in range(len(ids.all) + 30) if token not in ids.all]
+    speakers = [ids.speaker1] * 3 + [ids.speaker2] * 3
     first = Instance(tokens[:6], speakers, [tokens[6:9], tokens[9:14]])
     second = Instance(tokens[8:12], speakers[:4], [tokens[1:3], tokens[4:6], tokens[2:7]])
-    batch = collate([first, second], model.ids)
+    batch = collate([first, second], ids)
     padded = model._hidden_padded(batch)
     if not padded.isfinite().all():
         raise UserError(NOT_FINITE)
@@ -212,14 +214,18 @@ def packing_fault(model: DialogModel, batch: Batch, padded: Tensor) -> str:
     # GPT-Neo's local layers look back a number of columns along the row: too many for a tiny batch to show it.
     if "local" in getattr(model.lm.config, "attention_layers", ()):
         return "its layers are local"
-    visible, cache, parts = packed_visibility(batch.segments, batch.forks), DynamicCache(), []
+    visible = packed_visibility(batch.segments, batch.forks)
+    rows = torch.stack([batch.input_ids, batch.token_types, batch.positions])  # (3, B, T)
+    cache, parts = DynamicCache(), []
     try:
         whole = model._hidden_packed(batch)
         for columns in (slice(0, 4), slice(4, 5), slice(5, visible.shape[1])):  # one of them a single new token
-            inputs = (rows[:, columns] for rows in (batch.input_ids, batch.token_types, batch.positions))
-            parts.append(model.run_body(*inputs, visible[:, columns, : columns.stop], cache=cache))
+            parts.append(model.run_body(*rows[..., columns], visible[:, columns, : columns.stop], cache=cache))
     except Exception as error:  # an architecture may refuse a 4D mask, positions or a cache in its own way
         return first_line(error)
-    real, cached = batch.segments >= 0, torch.cat(parts, dim=1)
-    exact = same_numbers(whole[real], padded[real]) and same_numbers(cached[real], padded[real])
-    return "" if exact else "hidden states differ"
+    cached = torch.cat(parts, dim=1)
+    real = batch.segments >= 0  # no padding
+    for hidden in (whole, cached):
+        if not same_numbers(hidden[real], padded[real]):
+            return "hidden states differ"
+    return ""
