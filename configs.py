@@ -55,7 +55,7 @@ def load_config(files: ModelFiles):
     return loaded
 
 
-# More than any model has; what is below is tried, and then fits into memory or not.
+# Larger than in any model.
 MOST = {"num_hidden_layers": 10**4, "num_attention_heads": 10**4, "hidden_size": 10**6, "vocab_size": 10**8}
 
 

@@ -88,9 +88,9 @@ def cpu_has_bf16() -> bool:
 def optimize_for_cpu_inference(model: DialogModel) -> None:
     """Make a model on a CPU faster, for inference only. Its results change by rounding alone.
 
-    Linear layers get what torch.compile does with frozen weights, without the minutes that it takes. A model is left
-    as it is on another device, in a torch without oneDNN or for that processor, and where the architecture reads its
-    weights past their layers, which shows when it is tried.
+    Linear layers get what torch.compile does with frozen weights, without the minutes that it takes. Nothing changes
+    on another device, where torch or the processor lacks the kernels (oneDNN's), and in a model that does not give the
+    same logits when this is tried: some architectures read weights directly, past the layers that hold them.
     """
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return

@@ -139,7 +139,7 @@ def cached_path(url: str) -> Path:
 
 
 def download(url: str, instead: str) -> Path:
-    """Fetch `url` into the cache folder, once. What an earlier attempt left of it is continued.
+    """Fetch `url` into the cache folder, once. A download that broke off is continued.
 
     Raises UserError where it cannot be fetched; `instead` tells the user what to pass in its place.
     """

@@ -115,7 +115,7 @@ class DecodeState:
         return hidden
 
     def rewind(self, rows: list[int]) -> None:
-        """Take these rows in the place of all, as they were after `prefill`."""
+        """Keep these rows alone, as they were after `prefill`; a row may be named more than once."""
         columns = self.real.shape[1]
         layers = cached_layers(self.cache, rows, self.prefix_columns)
         self.cache = new_cache(layers, columns)
@@ -123,7 +123,7 @@ class DecodeState:
         self.real[:, self.prefix_columns :] = False
 
     def reorder(self, rows: list[int]) -> None:
-        """Let each row go on from the row given for it, whose prefix is the same: that is not copied."""
+        """Let each row continue the row given for it. Both have the same prefix, so only later columns are copied."""
         new = slice(self.prefix_columns, self.width)
         for layer in self.cache.layers:
             keys = layer.keys[:, :, new]  # a view, as below: what is assigned to it stands in the cache

@@ -1,6 +1,6 @@
 """A model by its name: a folder, file, URL, short name or hub id in, the files to load it from out.
 
-A folder is whole, or what it lacks is said.
+A folder that is not whole is refused, with a line that says what it lacks.
 """
 
 import json
@@ -19,13 +19,13 @@ FINETUNED_URL = "https://s3.amazonaws.com/models.huggingface.co/transfer-learnin
 HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt", "gpt2": "openai-community/gpt2"}
 
 TENSORS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")
-# They end alike and are no weights: what trainers and this toolkit leave beside them.
+# Files that end like weights but are none: what trainers and this toolkit leave beside them.
 NO_WEIGHTS = re.compile(
     r"multiple_choice_head|training_args|optimizer|scheduler|scaler|rng_state|adapter_model|dataset_cache"
 )
 # transformers' own names, which need no guess.
 USUAL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-# What may lie beside a config.json of which a model is made from scratch.
+# What may lie beside a config.json from which a model is made from scratch: texts that are surely no weights.
 TEXTS = re.compile(
     r"^(\.|README|NOTICE|LICEN[CS]E)|\.(json|jsonl|txt|csv|log|md|py|ya?ml|png|svg|jinja|model|bpe|spm|vocab|tiktoken)$"
 )
@@ -168,7 +168,7 @@ def check_folder(folder: Path) -> ModelFiles:
     if (folder / "training_args.json").exists():
         reason = "as before a run's first evaluation"
         raise UserError(f"{folder} holds no weights, {reason}; go on with it: python train.py --resume {folder}")
-    # Only of a configuration alone is a model made from scratch: what else is there may be its weights.
+    # A model is made from scratch only where nothing else is there that may be its weights.
     for path in contents:
         if not TEXTS.search(path.name):
             advice = [text for pattern, text in INSTEAD.items() if re.search(pattern, path.name)]
@@ -210,7 +210,7 @@ def find_finetuned_model(name: str) -> ModelFiles:
     return find_model_in_file(download(FINETUNED_URL, instead))
 
 
-# In transformers' generation config, what has another name here.
+# Options that have another name in transformers' generation config.
 DECODING_NAMES = {"max_new_tokens": "max_length", "no_repeat_ngram_size": "no_repeat_ngram"}
 
 
@@ -239,10 +239,8 @@ LIKE_A_PATH = re.compile(r"^[./~]|/.*/|/$|\\|\.gguf$|\.gz$")
 def find_model(name: str) -> ModelFiles:
     """The files of a model given by folder, .gguf or .tar.gz file, URL of one, short name or hub id.
 
-    An adapter's are those of its base, which may be an adapter too.
-
-    Raises:
-        UserError: there is no such file, or it cannot be fetched.
+    An adapter's are those of its base, which may be an adapter too. Raises UserError where there is no such model, or
+    where it cannot be fetched.
     """
     files, adapters = find_files(name), ()
     while not files.gguf and is_adapter(files.folder):
