@@ -82,6 +82,14 @@ def first_line(error: BaseException) -> str:
     return textwrap.shorten(line, 300, placeholder=" ...") or type(error).__name__
 
 
+def quiet_transformers() -> None:
+    """Leave out transformers' load reports and its progress bars: we say ourselves what matters in them."""
+    from transformers import logging  # heavy: only where a model is loaded
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of tensors: seconds, and a line each in a log
+
+
 # Control characters, and those that turn the direction of writing around; white space stays.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 

@@ -35,7 +35,9 @@ def load_config(files: ModelFiles):
     config = load_config_dict(files)
     path = files.folder / "config.json"
     if str(config["model_type"]) not in CONFIG_MAPPING:
-        own = " and asks for code of its own (auto_map), which is never run" if "auto_map" in config else ""
+        own = ""
+        if "auto_map" in config:
+            own = " and asks for code of its own (auto_map), which is never run"
         raise UserError(
             f"{path} names the model type '{config['model_type']}', which transformers does not "
             f"know{own}; use another model, such as gpt2"
@@ -53,28 +55,34 @@ def load_config(files: ModelFiles):
     return loaded
 
 
-# More than any model has; what is below is tried, and then fits into memory or not.
+# Larger than in any model.
 MOST = {"num_hidden_layers": 10**4, "num_attention_heads": 10**4, "hidden_size": 10**6, "vocab_size": 10**8}
 
 
 def check_sizes(config, path: Path) -> None:
     """Refuse sizes of which no model can be made, before it is tried: it would take hours, or all of the memory."""
-    sizes = {name: getattr(config, name, None) for name in MOST}
-    sizes = {name: size for name, size in sizes.items() if type(size) is int}
-    for name, size in sizes.items():
-        if not 1 <= size <= MOST[name]:
-            raise UserError(f"{path}: {config.attribute_map.get(name, name)} is {size}; expected 1 to {MOST[name]}")
+    sizes = []
+    for name, most in MOST.items():
+        size = getattr(config, name, None)
+        if type(size) is not int:
+            continue
+        if not 1 <= size <= most:
+            raise UserError(f"{path}: {config.attribute_map.get(name, name)} is {size}; expected 1 to {most}")
+        sizes.append(size)
     if len(sizes) < len(MOST) or not hasattr(os, "sysconf"):
         return
-    # At least: two square matrices of attention and two of the feed-forward layer, in float32.
-    width, inner = sizes["hidden_size"], getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    inner = inner if type(inner) is int and inner > 0 else 4 * width
-    layers = 2 * sizes["num_hidden_layers"] * width * (width + inner)
-    needed, there = 4 * (layers + sizes["vocab_size"] * width), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    layers, _, width, vocabulary = sizes
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    if type(inner) is not int or inner < 1:
+        inner = 4 * width
+    # At least: in each layer two square matrices of attention and two of the feed-forward part, in float32.
+    parameters = layers * 2 * width * (width + inner) + vocabulary * width
+    needed = 4 * parameters  # bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
         raise UserError(
             f"{path}: a model of these sizes takes at least {needed / 2**30:.0f} GB, and this machine has "
-            f"{there / 2**30:.0f}; use a smaller one"
+            f"{memory / 2**30:.0f}; use a smaller one"
         )
 
 
@@ -97,30 +105,28 @@ class TokenizerRules(msgspec.Struct):
 def check_rules(path: Path) -> None:
     """Refuse a tokenizer.json whose rules would end the process, before the library reads it.
 
-    Such are rules that make a text longer, one after the other, until there is no memory; and a table of characters
-    that is cut off.
-
-    Raises:
-        ValueError: it has such rules. Other types where it cannot be read.
+    They make a text longer, one after the other, until there is no memory; or hold a table of characters that is cut
+    off. Raises ValueError where there are such rules, and other types where the file cannot be read.
     """
     if not path.exists():
         return
     rules = msgspec.json.decode(path.read_bytes(), type=TokenizerRules)
-    for step in filter(None, (rules.normalizer, rules.pre_tokenizer, rules.decoder)):
-        if growth(step) > MOST_GROWTH:
+    for rule in (rules.normalizer, rules.pre_tokenizer, rules.decoder):
+        if rule and growth(rule) > MOST_GROWTH:
             raise ValueError(f"its rules can make a text more than {MOST_GROWTH} times as long")
 
 
 def growth(rule: dict) -> float:
     """How many times as long a text becomes at most by a rule, or by several that come one after the other."""
-    steps = next((rule[name] for name in ("normalizers", "pretokenizers", "decoders") if name in rule), None)
-    if steps is not None:
-        return math.prod(map(growth, steps))
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in rule:
+            return math.prod(map(growth, rule[name]))
     if rule["type"] == "Replace":
         return replacement_growth(rule["pattern"], len(rule["content"]))
     if rule["type"] == "Precompiled":
         table = base64.b64decode(rule["precompiled_charsmap"])
-        if len(table) < 4 + int.from_bytes(table[:4], "little"):  # its first part, after the size of that
+        size = int.from_bytes(table[:4], "little")  # of what comes next
+        if len(table) < 4 + size:
             raise ValueError("its table of characters is cut off")
     return CHARACTERS_OF_ONE.get(rule["type"], 1 + len(rule.get("prepend", "")))
 

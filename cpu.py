@@ -34,12 +34,11 @@ def attention_in_blocks(
     """
     if attention_mask is None or attention_mask.dtype == torch.bool or query.shape[2] <= BLOCK:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    attended = [
-        sdpa_attention_forward(
-            module, queries, key.index_select(2, columns), value.index_select(2, columns), mask, **options
-        )[0]
-        for queries, (columns, mask) in zip(query.split(BLOCK, dim=2), mask_blocks(attention_mask), strict=True)
-    ]
+    attended = []
+    for queries, (columns, mask) in zip(query.split(BLOCK, dim=2), mask_blocks(attention_mask), strict=True):
+        keys, values = key.index_select(2, columns), value.index_select(2, columns)
+        block, _ = sdpa_attention_forward(module, queries, keys, values, mask, **options)
+        attended.append(block)
     return torch.cat(attended, dim=1), None
 
 
@@ -48,7 +47,8 @@ def mask_blocks(mask: Tensor) -> list[tuple[Tensor, Tensor]]:
     """For each block of queries: the columns that any of them attends to, in any row, and the mask of those columns."""
     blocks = []
     for rows in mask.split(BLOCK, dim=2):
-        columns = (rows > torch.finfo(mask.dtype).min).flatten(0, 2).any(0).nonzero()[:, 0]
+        visible = rows > torch.finfo(mask.dtype).min  # (B, 1, BLOCK, S)
+        columns = visible.flatten(0, 2).any(0).nonzero()[:, 0]
         blocks.append((columns, rows.index_select(3, columns)))
     return blocks
 
@@ -88,9 +88,9 @@ def cpu_has_bf16() -> bool:
 def optimize_for_cpu_inference(model: DialogModel) -> None:
     """Make a model on a CPU faster, for inference only. Its results change by rounding alone.
 
-    Linear layers get what torch.compile does with frozen weights, without the minutes that it takes. A model is left
-    as it is on another device, in a torch without oneDNN or for that processor, and where the architecture reads its
-    weights past their layers, which shows when it is tried.
+    Linear layers get what torch.compile does with frozen weights, without the minutes that it takes. Nothing changes
+    on another device, where torch or the processor lacks the kernels (oneDNN's), and in a model that does not give the
+    same logits when this is tried: some architectures read weights directly, past the layers that hold them.
     """
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return

@@ -4,10 +4,8 @@ Shapes: R rows (a reply each), V vocabulary.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import dropwhile
-from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ class Reply:
     complete: bool = False  # it ended with a special token, not at its longest length
     log_likelihood: float = 0.0  # summed over its tokens and that special one; of the model, not of the sampler
     mc_score: float | None = None  # the multiple-choice head's; None until the reply is scored
+    beam_score: float = 0.0  # in a beam search: its log-likelihood, changed by penalties
 
     @property
     def token_log_likelihood(self) -> float:
@@ -41,14 +40,14 @@ class Reply:
     def can_grow(self, decoding: Decoding) -> bool:
         return not self.complete and len(self.tokens) < decoding.max_length
 
-    def extended(self, token: int, log_likelihood: float, special: frozenset[int]) -> "Reply":
+    def extended(self, token: int, log_likelihood: float, special: frozenset[int], beam_score: float = 0.0) -> "Reply":
         """With one more token. A special one ends the reply, and a reply that has ended stays as it is."""
         if self.complete:
             return self
         total = self.log_likelihood + log_likelihood
         if token in special:
-            return replace(self, complete=True, log_likelihood=total)
-        return replace(self, tokens=[*self.tokens, token], log_likelihood=total)
+            return Reply(self.tokens, complete=True, log_likelihood=total, beam_score=beam_score)
+        return Reply([*self.tokens, token], log_likelihood=total, beam_score=beam_score)
 
 
 def rank_replies(replies: list[Reply], rerank: str) -> list[Reply]:
@@ -201,31 +200,26 @@ def extend_rows(logits: Tensor, rows: list[Row], decoding: Decoding, special: fr
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """A reply of a beam search."""
-
-    reply: Reply = Reply()
-    score: float = 0.0  # its log-likelihood, changed by penalties
-
-
 class Beams:
-    """The hypotheses of one prefix: the best that grow, and the best that have ended; `num_beams` of each at most.
+    """The replies to one prefix: the best that grow, and the best that have ended; `num_beams` of each at most.
 
     Its rules are those of transformers' `generate` with early_stopping=False, so the replies are too.
+
+    Args:
+        rows: hold what grows, best first.
     """
 
-    def __init__(self, decoding: Decoding):
-        self.decoding = decoding
+    def __init__(self, rows: list[Row], decoding: Decoding):
+        self.rows, self.decoding = rows, decoding
         # All beams are copies of one at first. Only one of them may be extended, or all would stay the same.
-        copies = [Hypothesis(score=float("-inf"))] * (decoding.num_beams - 1)
-        self.growing = [Hypothesis(), *copies]  # best first, by score: they are all of one length
-        self.ended: list[Hypothesis] = []  # best first, by `rank`
+        for row in rows[1:]:
+            row.reply = Reply(beam_score=float("-inf"))
+        self.growing = [row.reply for row in rows]  # best first, by beam score: they are all of one length
+        self.ended: list[Reply] = []  # best first, by `rank`
 
-    def rank(self, hypothesis: Hypothesis) -> float:
-        """The score over the length, a special token at the end included, to the power of the length penalty."""
-        length = max(hypothesis.reply.length, 1)
-        return hypothesis.score / length**self.decoding.length_penalty
+    def rank(self, reply: Reply) -> float:
+        """The beam score over the length, a special token at the end included, to the power of the length penalty."""
+        return reply.beam_score / max(reply.length, 1) ** self.decoding.length_penalty
 
     @property
     def goes_on(self) -> bool:
@@ -238,21 +232,28 @@ class Beams:
         best_growing, worst_ended = self.growing[0], self.ended[-1]
         return self.rank(best_growing) > self.rank(worst_ended)
 
-    def step(self, best: list[Hypothesis], unended: list[Hypothesis]) -> None:
-        """Go on with the extensions of the growing hypotheses: the best of all, and of those without a special token.
+    def step(self, extensions: list[tuple[int, Reply]]) -> list[int]:
+        """Go on with the best extensions by a token, best first; the rows that those which grow come from.
 
-        What ends must be among the best of all, so that a poor end does not take the place of a good beginning.
+        What ends must be among the first `num_beams` of all, so that a poor end does not take the place of a good
+        beginning.
         """
+        size = self.decoding.num_beams
         # At the longest length all of them end, with a special token or without.
-        ended = [hypothesis for hypothesis in best if not hypothesis.reply.can_grow(self.decoding)]
+        ended = [reply for _, reply in extensions[:size] if not reply.can_grow(self.decoding)]
         ended = sorted([*self.ended, *ended], key=self.rank, reverse=True)
-        self.ended = ended[: self.decoding.num_beams]
-        self.growing = [hypothesis for hypothesis in unended if hypothesis.reply.can_grow(self.decoding)]
+        self.ended = ended[:size]
+        growing = [(row, reply) for row, reply in extensions if reply.can_grow(self.decoding)]
+        growing = growing[:size]
+        self.growing = [reply for _, reply in growing]
+        for row, reply in zip(self.rows, self.growing, strict=False):
+            row.reply = reply
+        return [row for row, _ in growing]
 
     def agreed(self) -> Reply:
-        """The beginning that all hypotheses share, which no later step changes."""
-        hypotheses = [*self.growing, *self.ended]
-        shared = os.path.commonprefix([hypothesis.reply.tokens for hypothesis in hypotheses])  # of any lists
+        """The beginning that all replies share, which no later step changes."""
+        replies = [*self.growing, *self.ended]
+        shared = os.path.commonprefix([reply.tokens for reply in replies])  # of any lists
         return Reply(shared)
 
     def best(self, count: int) -> list[Reply]:
@@ -260,67 +261,36 @@ class Beams:
         found = self.ended
         if len(found) < count:
             found = sorted([*self.ended, *self.growing], key=self.rank, reverse=True)
-        return [hypothesis.reply for hypothesis in found[:count]]
+        return found[:count]
 
 
-class Extension(NamedTuple):
-    """A hypothesis and one more token."""
-
-    row: int  # the hypothesis's
-    token: int
-    log_likelihood: float  # of the token, without penalties
-    score: float  # of the hypothesis with it
-
-
-TokenChoices = tuple[list[int], list[float], list[float]]  # tokens, their log-likelihoods, these with penalties
-
-
-def token_choices(logits: Tensor, rows: list[Row], decoding: Decoding, special: frozenset[int]) -> list[TokenChoices]:
-    """The likeliest next tokens of every row, from logits (R, V): all that a beam search has to look at.
-
-    Penalties change log-likelihoods here, as in transformers, since these are what is summed.
-    """
+def extend_beams(logits: Tensor, beams: list[Beams], special: frozenset[int]) -> list[int]:
+    """Extend the beams of every prefix by a token, from logits (R, V); the row that each row now goes on from."""
+    rows = [row for of_prefix in beams for row in of_prefix.rows]
+    decoding, vocabulary = beams[0].decoding, logits.shape[1]
     log_likelihoods = logits.log_softmax(-1)
+    # Penalties change log-likelihoods here, as in transformers, since these are what is summed.
     penalised = log_likelihoods.clone()
     for row, row_scores in zip(rows, penalised, strict=True):
         apply_penalties(row_scores, row, decoding, special)
-    # A prefix's best extensions are among the best of each row, also when those that would end a reply are left out.
-    # Sorting whole vocabularies for them would take longer than the model.
-    enough = min(decoding.num_beams + len(special), logits.shape[1])
-    scores, tokens = penalised.topk(enough)  # (R, enough)
-    of_tokens = log_likelihoods.gather(1, tokens)
+    scores = torch.tensor([row.reply.beam_score for row in rows], device=logits.device)
+    scores = (scores[:, None] + penalised).view(len(beams), -1)  # (P, beams * V) for P prefixes
+    # So many that enough are left without those that end: each row has one for each special token.
+    count = decoding.num_beams * (1 + len(special))
+    scores, places = scores.topk(min(count, scores.shape[1]))
+    log_likelihoods = log_likelihoods.view(len(beams), -1).gather(1, places)
     # As lists, copied from the device once: what follows reads them number by number.
-    return list(zip(tokens.tolist(), of_tokens.tolist(), scores.tolist(), strict=True))
-
-
-def extend_beams(logits: Tensor, rows: list[Row], beams: list[Beams], special: frozenset[int]) -> list[int]:
-    """Extend the beams of every prefix by a token, from logits (R, V); the row that each row now goes on from."""
-    decoding = beams[0].decoding
-    size = decoding.num_beams
-    choices = token_choices(logits, rows, decoding, special)
-
-    def extended(extension: Extension) -> Hypothesis:
-        reply = rows[extension.row].reply
-        reply = reply.extended(extension.token, extension.log_likelihood, special)
-        return Hypothesis(reply, extension.score)
-
+    likeliest = zip(beams, places.tolist(), log_likelihoods.tolist(), scores.tolist(), strict=True)
     parents = list(range(len(rows)))
-    for number, of_prefix in enumerate(beams):
+    for number, (of_prefix, *columns) in enumerate(likeliest):
         if not of_prefix.goes_on:  # its rows are computed on with the others', and nothing is drawn for them
             continue
-        first = number * size
-        extensions = [
-            Extension(row, token, log_likelihood, hypothesis.score + score)
-            for row, hypothesis in enumerate(of_prefix.growing, first)
-            for token, log_likelihood, score in zip(*choices[row], strict=True)
-        ]
-        extensions.sort(key=attrgetter("score"), reverse=True)
-        best = extensions[:size]
-        unended = [extension for extension in extensions if extension.token not in special]
-        unended = unended[:size]
-        of_prefix.step([extended(each) for each in best], [extended(each) for each in unended])
-        parents[first : first + size] = [extension.row for extension in unended]
-        # No reply changes before all are extended: several hypotheses may go on from one row.
-        for row, hypothesis in zip(rows[first:], of_prefix.growing, strict=False):  # at the longest length none grows
-            row.reply = hypothesis.reply
+        first = number * decoding.num_beams
+        extensions = []
+        for place, log_likelihood, score in zip(*columns, strict=True):
+            row, token = divmod(place, vocabulary)
+            reply = of_prefix.rows[row].reply.extended(token, log_likelihood, special, score)
+            extensions.append((first + row, reply))
+        grown_from = of_prefix.step(extensions)
+        parents[first : first + len(grown_from)] = grown_from
     return parents

@@ -78,11 +78,14 @@ def modelfile(gguf: str, limit: int, max_history: int, decoding: Decoding, perso
     # Ollama's own defaults are more tokens than some models take, and 1.1.
     parameters |= {"num_ctx": limit, "repeat_penalty": decoding.repetition_penalty}
     parameters["top_p"] = decoding.top_p if decoding.top_p > 0 else 1.0  # 0 is off here, the likeliest token there
-    shown = "" if max_history == -1 else f" (le (len (slice $.Messages $i)) {utterances_shown(max_history)})"
+    shown = ""
+    if max_history != -1:
+        shown = f" (le (len (slice $.Messages $i)) {utterances_shown(max_history)})"
     template = TEMPLATE.replace("SHOWN", shown)
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
-    lines += [f'SYSTEM """{" ".join(persona)}"""'] * bool(persona)
+    if persona:
+        lines.append(f'SYSTEM """{" ".join(persona)}"""')
     return "\n".join(lines) + "\n"
 
 
@@ -110,7 +113,7 @@ def main() -> None:
     check_plain(files, tokenizer)
     model = load_model(files, tokenizer, torch.device("cpu"))
     name, max_history = f"model-{settings.gguf}.gguf", tokenizer.choose_max_history(None)
-    decoding = Decoding(**decoding_defaults(files, Decoding.options()))
+    decoding = Decoding(**decoding_defaults(files))
     with whole_files(folder) as partial:
         write_gguf(partial / name, model, tokenizer, settings.gguf)
         text = modelfile(name, model.limit, max_history, decoding, settings.personality or [])

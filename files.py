@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import os
-import re
 import shutil
 import socket
 import tarfile
@@ -34,12 +33,12 @@ def is_url(name: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/improvedflend`, by default `~/.cache/improvedflend`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "improvedflend"
+    """Where downloads are kept, as the XDG standard says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "improvedflend"
 
 
 def state_folder() -> Path:
-    """Where what was typed is kept: `$XDG_STATE_HOME/improvedflend`, by default `~/.local/state/improvedflend`."""
+    """Where what was typed is kept, as the XDG standard says."""
     return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "improvedflend"
 
 
@@ -50,22 +49,20 @@ def make_folder(folder: Path) -> None:
 
 
 NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP  # what file systems answer that have none
+warn_once = cache(log.warning)  # of each text
 
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold `path`.lock while the body runs, so that two processes never write the same thing at once.
 
-    The system lets go of it when this process dies. Where the file system has no locks, this is said, and nothing held.
-
-    Args:
-        wait: until the process is done that holds it.
-    Raises:
-        UserError: another process holds it, and this one does not wait; or the file cannot be written.
+    The system releases it when this process dies. Where the file system has no locks, a warning says so.
+    Raises UserError where it cannot be written, or where another process holds it and this one is not to `wait`.
     """
-    make_folder(path.parent)
+    folder, file = path.parent, Path(f"{path}.lock")
+    make_folder(folder)
     # Without `fallback_to_soft`: a file that stands for a lock would stay when its process is killed.
-    held, file = FileLock(f"{path}.lock", fallback_to_soft=False), Path(f"{path}.lock")
+    held = FileLock(file, fallback_to_soft=False)
     with explain_errors(f"cannot write beside {path}", "choose a folder you can write to", OSError):
         try:
             held.acquire(blocking=wait)
@@ -73,39 +70,42 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         except Timeout as error:
             holder = file.read_text(encoding="utf-8", errors="replace") or "another process"
-            raise UserError(f"{path.parent} is in use by {holder}; wait until it ends, or stop it") from error
+            raise UserError(f"{folder} is in use by {holder}; wait until it ends, or stop it") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            tell_of_no_locks(path.parent)
+            warn_once(f"warning: the file system of {folder} has no locks; never let two processes write there at once")
     try:
         yield
     finally:
         held.release()
 
 
-@cache  # once
-def tell_of_no_locks(folder: Path) -> None:
-    log.warning(f"warning: the file system of {folder} has no locks; never let two processes write there at once")
+UNFINISHED = ".saving-"  # begins the names of temporary folders
 
 
-UNFINISHED = ".saving-"  # begins the names of the folders that `whole_files` writes in
+def unfinished_folder(folder: Path, owner: str = "") -> tempfile.TemporaryDirectory:
+    """A temporary folder inside `folder`. owner: who writes there, where several do, for `remove_unfinished`."""
+    return tempfile.TemporaryDirectory(dir=folder, prefix=f"{UNFINISHED}{owner}.")
+
+
+def remove_unfinished(folder: Path, owner: str = "") -> None:
+    """Remove the temporary folders of an owner that was killed. Call it under the lock under which they are made."""
+    prefix = glob.escape(f"{UNFINISHED}{owner}.")
+    for leftover in folder.glob(f"{prefix}*/"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def whole_files(folder: Path, owner: str = "") -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` after the body: each appears there whole or not at all.
+    """An `unfinished_folder` whose files move into `folder` after the body: each appears there whole or not at all.
 
     Raises UserError where something cannot be written, with what `folder` held before untouched.
-
-    Args:
-        owner: of the temporary folder, for `remove_unfinished`, where several write to `folder`.
     """
-    prefix = f"{UNFINISHED}{owner}."
     with explain_errors(f"cannot write to {folder}", "free some space or choose another"):  # safetensors has its own
-        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as unfinished:
+        with unfinished_folder(folder, owner) as unfinished:
             yield Path(unfinished)
-            mask = os.umask(0)
+            mask = os.umask(0)  # it can only be read by being set
             os.umask(mask)
             for file in sorted(Path(unfinished).iterdir()):
                 with open(file, "rb+") as written:
@@ -114,35 +114,32 @@ def whole_files(folder: Path, owner: str = "") -> Iterator[Path]:
                 os.replace(file, folder / file.name)
 
 
-def remove_unfinished(folder: Path, prefix: str = f"{UNFINISHED}.") -> None:
-    """Remove what a process left in `folder` that was killed while it wrote: the folders whose names begin so.
-
-    Only who holds the lock under which they are written may call it: else they may be those of a process that lives.
-    """
-    for leftover in folder.glob(glob.escape(prefix) + "*/"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 class PartialDownload(io.BufferedWriter):
     """A download so far. A server without range support restarts from zero; after five restarts we give up."""
 
     restarts = 0
 
-    def truncate(self, size: int | None = None) -> int:
+    def truncate(self, size: int | None = None) -> int:  # huggingface_hub calls it to restart
         self.restarts += 1
         if self.restarts > 5:
             raise OSError("the connection breaks off each time")
         return super().truncate(size)
 
 
+def cache_place(identity: str, name: str) -> Path:
+    """Where in the cache folder to keep what has this identity, under a name that people can read."""
+    key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
+    return cache_folder() / f"{key}-{name[-50:]}"  # file systems take names of 255 bytes, four to a character
+
+
 def cached_path(url: str) -> Path:
     """Where a download of `url` is kept, if there is one."""
-    last = Path(re.split("[?#]", url)[0]).name[-50:]  # file systems take names of 255 bytes, four to a character
-    return cache_folder() / f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:16]}-{last or 'file'}"
+    path = url.partition("#")[0].partition("?")[0]
+    return cache_place(url, Path(path).name or "file")
 
 
 def download(url: str, instead: str) -> Path:
-    """Fetch `url` into the cache folder, once. What an earlier attempt left of it is continued.
+    """Fetch `url` into the cache folder, once. A download that broke off is continued.
 
     Raises UserError where it cannot be fetched; `instead` tells the user what to pass in its place.
     """
@@ -199,7 +196,7 @@ BAD_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 
 def extract(archive: Path, folder: Path) -> None:
     """Unpack a .tar.gz of plain files to `folder`, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as unfinished:
+    with unfinished_folder(folder.parent, folder.name) as unfinished:
         with Unzipped(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for member in tar:
                 plain = (member.isfile() or member.isdir()) and not member.issparse()
@@ -216,19 +213,17 @@ def extract(archive: Path, folder: Path) -> None:
 def unpack(archive: Path) -> Path:
     """Unpack a model's .tar.gz beside the downloads, once, and return the folder with its config.json."""
     stat = archive.stat()
-    key = hashlib.sha256(f"{archive.resolve()}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{key}-{archive.name.split('.tar')[0]}"
+    folder = cache_place(f"{archive.resolve()}{stat.st_size}{stat.st_mtime_ns}", archive.name.partition(".tar")[0])
     expected = "expected a .tar.gz, whole, and room for it"
     with lock(folder), explain_errors(f"{archive} cannot be unpacked", expected, OSError, *BAD_ARCHIVE):
-        remove_unfinished(folder.parent, folder.name + ".")
-        if not folder.exists():
-            try:
+        remove_unfinished(folder.parent, folder.name)
+        try:
+            if not folder.exists():
                 extract(archive, folder)
-            except (UserError, *BAD_ARCHIVE):  # but not for want of room
-                forget(archive)
-                raise
-    configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
-    if not configs:
-        forget(archive)
-        raise UserError(f"{archive} holds no config.json; expected an archive of a model folder")
+            configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
+            if not configs:
+                raise UserError(f"{archive} holds no config.json; expected an archive of a model folder")
+        except (UserError, *BAD_ARCHIVE):  # not where there was no room for it
+            forget(archive)
+            raise
     return configs[0].parent

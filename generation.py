@@ -115,7 +115,7 @@ class DecodeState:
         return hidden
 
     def rewind(self, rows: list[int]) -> None:
-        """Take these rows in the place of all, as they were after `prefill`."""
+        """Keep these rows alone, as they were after `prefill`; a row may be named more than once."""
         columns = self.real.shape[1]
         layers = cached_layers(self.cache, rows, self.prefix_columns)
         self.cache = new_cache(layers, columns)
@@ -123,7 +123,7 @@ class DecodeState:
         self.real[:, self.prefix_columns :] = False
 
     def reorder(self, rows: list[int]) -> None:
-        """Let each row go on from the row given for it, whose prefix is the same: that is not copied."""
+        """Let each row continue the row given for it. Both have the same prefix, so only later columns are copied."""
         new = slice(self.prefix_columns, self.width)
         for layer in self.cache.layers:
             keys = layer.keys[:, :, new]  # a view, as below: what is assigned to it stands in the cache
@@ -207,13 +207,14 @@ class Generation:
         # For one prefix alone: those of a batch would share beginnings of different length with the rows kept.
         self.prefix_cache = prefix_cache if len(prefixes) == 1 and model.packed else None
         copies = max(decoding.n_replies, decoding.num_beams)
-        self.rows = []
+        self.rows: list[Row] = []
+        self.beams: list[Beams] = []  # in a beam search those of each prefix, until it ends
         for (tokens, types), generator in zip(prefixes, generators, strict=True):
             prefix = list(zip(tokens, types, strict=True))
-            self.rows += [Row(prefix, generator) for _ in range(copies)]
-        self.beams = []  # of each prefix, until the search ends
-        if decoding.num_beams > 1:
-            self.beams = [Beams(decoding) for _ in prefixes]
+            rows = [Row(prefix, generator) for _ in range(copies)]
+            self.rows += rows
+            if decoding.num_beams > 1:
+                self.beams.append(Beams(rows, decoding))
         self.state: DecodeState | None = None
         self.ranked: list[list[Reply]] | None = None
 
@@ -234,7 +235,7 @@ class Generation:
             if logits.isnan().any():  # nothing can be drawn, and what is likeliest means nothing
                 raise UserError(NOT_FINITE)
             if self.beams:
-                parents = extend_beams(logits, self.rows, self.beams, special)
+                parents = extend_beams(logits, self.beams, special)
                 if self.state is not None:
                     self.state.reorder(parents)
             else:
@@ -254,9 +255,9 @@ class Generation:
         size, n = self.decoding.num_beams, self.decoding.n_replies
         kept = [row for row in range(len(self.rows)) if row % size < n]  # the first n of each prefix
         self.rows = [self.rows[row] for row in kept]
-        best = [reply for beams in self.beams for reply in beams.best(n)]
-        for row, reply in zip(self.rows, best, strict=True):
-            row.reply = reply
+        for beams in self.beams:
+            for row, reply in zip(beams.rows[:n], beams.best(n), strict=True):
+                row.reply = reply
         self.beams = []
         if self.state is not None:  # the best may have ended many steps ago: their keys and values are overwritten
             self.state.rewind(kept)

@@ -92,20 +92,25 @@ def add_sizes(writer: GGUFWriter, model: DialogModel) -> None:
 def add_tokenizer(writer: GGUFWriter, tokenizer: DialogTokenizer) -> None:
     """Add vocabulary, special tokens and chat template: text gets the ids that it has here."""
     backend, ids = json.loads(tokenizer.hf.backend_tokenizer.to_str()), tokenizer.ids
-    texts = {number: text for text, number in tokenizer.hf.get_vocab().items()}
-    types = dict.fromkeys(texts, TokenType.NORMAL)
+    rows = range(len(tokenizer))
+    texts = [f"<unused {row}>" for row in rows]
+    types = [TokenType.UNUSED for row in rows]
+    for text, row in tokenizer.hf.get_vocab().items():
+        texts[row] = text
+        types[row] = TokenType.NORMAL
     for token in backend["added_tokens"]:
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     if backend["model"]["type"] == "BPE" and backend["model"].get("byte_fallback"):
-        types |= {number: TokenType.BYTE for number, text in texts.items() if text.startswith("<0x")}
+        for row, text in enumerate(texts):
+            if text.startswith("<0x"):
+                types[row] = TokenType.BYTE
         add_sentencepiece(writer, tokenizer, backend, texts)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer(backend))
         writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
-    rows = range(len(tokenizer))
-    writer.add_token_list([texts.get(row, f"<unused {row}>") for row in rows])
-    writer.add_token_types([types.get(row, TokenType.UNUSED) for row in rows])
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
     writer.add_bos_token_id(ids.bos)
     writer.add_eos_token_id(ids.eos)
     writer.add_pad_token_id(ids.pad)
@@ -121,28 +126,30 @@ def pre_tokenizer(backend: dict) -> str:
     """llama.cpp's name for how a byte-level BPE cuts text into words. backend: the JSON of a tokenizer.json."""
     parts = backend["pre_tokenizer"] or {"type": "none"}
     parts = parts.get("pretokenizers", [parts])
-    steps = tuple(
-        part["pattern"].get("Regex") if part["type"] == "Split" else part["type"]
-        for part in parts
-        if part.get("use_regex", True)  # ByteLevel after a pattern of the tokenizer's own has none
-    )
+    steps = []
+    for part in parts:
+        if part["type"] == "Split":
+            steps.append(part["pattern"].get("Regex"))
+        elif part.get("use_regex", True):  # ByteLevel after a pattern of the tokenizer's own has none
+            steps.append(part["type"])
+    name = PRE_TOKENIZERS.get(tuple(steps))
     spaced = any(part.get("add_prefix_space") for part in parts)
-    rewritten = (backend["normalizer"] or {"type": "NFC"}) != {"type": "NFC"}  # Qwen's, which llama.cpp leaves out
-    if backend["model"]["type"] != "BPE" or rewritten or spaced or steps not in PRE_TOKENIZERS:
+    kept = backend["normalizer"] in (None, {"type": "NFC"})  # NFC is Qwen's, which llama.cpp leaves out
+    if backend["model"]["type"] != "BPE" or spaced or not kept or not name:
         raise UserError(
             "the tokenizer cuts text into words by rules that are not known to be llama.cpp's; "
             "train another base model, such as smollm2, gpt2 or Qwen/Qwen3-0.6B"
         )
-    return PRE_TOKENIZERS[steps]
+    return name
 
 
-def add_sentencepiece(writer: GGUFWriter, tokenizer: DialogTokenizer, backend: dict, texts: dict[int, str]) -> None:
+def add_sentencepiece(writer: GGUFWriter, tokenizer: DialogTokenizer, backend: dict, texts: list[str]) -> None:
     """Add the scores of a BPE by SentencePiece, as Llama 2, Mistral and Gemma have: the earlier merged, the higher."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(backend["model"]["merges"]):
         ranks.setdefault("".join(pair), rank)
     writer.add_tokenizer_model("llama")
-    writer.add_token_scores([-float(ranks.get(texts.get(row, ""), len(ranks))) for row in range(len(tokenizer))])
+    writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in texts])
     first = tokenizer.hf.convert_ids_to_tokens(tokenizer.encode(["a"])[0])[0]
     writer.add_add_space_prefix(first.startswith("▁"))
 
@@ -161,7 +168,8 @@ def llama_cpp_tensors(model: DialogModel, arch: MODEL_ARCH) -> Iterator[tuple[st
     for name, tensor in lm.state_dict().items():
         if name.startswith(HEAD) or (tied and name.startswith("lm_head.")):
             continue
-        values, part = tensor.numpy(), name.split(".")[-2]
+        values = tensor.numpy()
+        part = name.split(".")[-2]
         if arch is MODEL_ARCH.LLAMA and part in heads:  # it rotates a head's neighbours, transformers its halves
             values = values.reshape(heads[part], 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         elif arch is MODEL_ARCH.GPT2 and part.startswith("c_"):  # transformers multiplies from the other side
@@ -172,18 +180,17 @@ def llama_cpp_tensors(model: DialogModel, arch: MODEL_ARCH) -> Iterator[tuple[st
         if not place:
             raise UserError(f"llama.cpp has no place for the tensor {name}; train another base model, such as smollm2")
         yield place, values
-    if scaling := rope_scaling(config):
-        if arch is not MODEL_ARCH.LLAMA or scaling not in ("linear", "llama3"):
-            raise UserError(f"its positions are scaled ({scaling}); train another base model, such as smollm2")
-        frequencies = model.body.rotary_emb.inv_freq
-        places = torch.arange(len(frequencies)) / len(frequencies)
-        yield "rope_freqs.weight", (config.rope_parameters["rope_theta"] ** -places / frequencies).numpy()
-
-
-def rope_scaling(config) -> str:
-    """How the frequencies of rotary positions are changed for long texts; "" where they are not."""
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return "" if kind == "default" else kind
+    # The frequencies of rotary positions may be scaled, for long texts; llama.cpp has the factors as a tensor.
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaling = rope.get("rope_type", "default")
+    if scaling == "default":
+        return
+    if arch is not MODEL_ARCH.LLAMA or scaling not in ("linear", "llama3"):
+        raise UserError(f"its positions are scaled ({scaling}); train another base model, such as smollm2")
+    frequencies = model.body.rotary_emb.inv_freq
+    places = torch.arange(len(frequencies)) / len(frequencies)
+    unscaled = rope["rope_theta"] ** -places
+    yield "rope_freqs.weight", (unscaled / frequencies).numpy()
 
 
 def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:

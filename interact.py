@@ -357,7 +357,7 @@ def main() -> None:
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
     settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
     if tokenizer.fine_tuned:  # a base model's are for other texts
-        decoding = parse_settings(decoding_defaults(files, Decoding.options()))[1]
+        decoding = parse_settings(decoding_defaults(files))[1]
 
     # Heavy: after all that can be told to be wrong at once.
     from conversation import Conversation

@@ -33,7 +33,7 @@ def load_model(
     Raises:
         UserError: the weights are missing, damaged or of another architecture.
     """
-    if files.has_weights:
+    if files.weights:
         lm = load_weights(files)
     elif from_scratch:
         log.info(f"{files.folder} holds a configuration alone: from scratch, random weights")
@@ -49,11 +49,12 @@ def load_model(
     for folder in files.adapters:
         lm = merge_adapter(lm, folder)
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # where the adapter's embedding has other rows
-    special = {f"{name}_token_id": getattr(tokenizer.ids, name) for name in ("bos", "eos", "pad")}
+    ids = tokenizer.ids
+    special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     for config in (lm.config, lm.config.get_text_config()):
         config.update(special)
-    lm.generation_config = GenerationConfig(**special, **sampling(tokenizer.ids))
-    model = DialogModel(lm.float(), tokenizer.ids).eval()
+    lm.generation_config = GenerationConfig(**special, **sampling(ids))
+    model = DialogModel(lm.float(), ids).eval()
     if model.limit < 16:
         raise UserError(f"the model in {files.folder} takes {model.limit} tokens at once; expected at least 16")
     probe(model)
@@ -61,14 +62,20 @@ def load_model(
 
 
 def sampling(ids: SpecialIds) -> dict:
-    """How other engines are to draw replies: as interact.py does by default. Those with token types no engine can."""
+    """How other engines are to draw replies: as interact.py does by default. With token types no other engine can."""
     if ids.token_types:
         return {}
-    decoding = Decoding()
-    return {"do_sample": True} | {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
+    default = Decoding()
+    return {
+        "do_sample": True,
+        "temperature": default.temperature,
+        "top_k": default.top_k,
+        "top_p": default.top_p,
+    }
 
 
 def causal_lm_class(config) -> type[PreTrainedModel]:
+    """transformers' class for a configuration, with our second head. Raises UserError where it has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"a {config.model_type} model is not a causal language model; expected one, such as gpt2")
     return with_choice_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
@@ -79,38 +86,34 @@ def initial_weights(files: ModelFiles, vocabulary: int) -> PreTrainedModel:
     config = load_config(files)
     config.vocab_size = vocabulary
     make = causal_lm_class(config)
-    try:
+    # Each architecture has its own errors for sizes that do not go together.
+    with explain_errors(f"{files.folder}/config.json", "expected sizes of which a model can be made"):
         return make(config)
-    except Exception as error:  # each architecture has its own for sizes that do not go together
-        raise UserError(
-            f"{files.folder}/config.json: {first_line(error)}; expected sizes of which a model can be made"
-        ) from error
 
 
 def load_weights(files: ModelFiles) -> PreTrainedModel:
     """A model from the files of its weights; a base model's multiple-choice head is freshly initialised."""
     path = files.folder / (files.gguf or "")
-    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # we name them
-    try:
+    # transformers, safetensors and pickle raise many types for a file they cannot use.
+    with explain_errors(f"cannot load the weights in {path}", "expected whole files of tensors"):
         if files.gguf:
-            quantised = read_gguf(path)
-            config, options["state_dict"] = quantised.config, quantised.state_dict()
+            config, tensors = read_gguf(path)
         else:
-            config, options["state_dict"] = load_config(files), read_tensors(files.weights)
-        lm, report = causal_lm_class(config).from_pretrained(None, config=config, **options)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and pickle raise many types for a file they cannot use
-        raise UserError(
-            f"cannot load the weights in {path}: {first_line(error)}; expected whole files of tensors"
-        ) from error
+            config, tensors = load_config(files), read_tensors(files.weights)
+        lm, report = causal_lm_class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
     check_weights(lm, report, path)
     return lm
 
 
-# Under these names training scripts keep a model in a checkpoint of theirs.
+# Under these names training scripts keep a model in a checkpoint of theirs; one may be inside the other.
 WRAPPINGS = {"model", "state_dict", "model_state_dict", "module"}
-
 
 # These wrappers of a model (DataParallel, torch.compile, FSDP) come into the names of its tensors.
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -129,15 +132,16 @@ def read_tensors(paths: list[Path]) -> dict[str, Tensor]:
                 found = load_file(path)
             else:
                 found = torch.load(path, map_location="cpu", weights_only=True)
-                for _ in WRAPPINGS:  # one in the other, but not for ever
-                    if wrapping := isinstance(found, dict) and WRAPPINGS & found.keys():
-                        found = found[min(wrapping)]
+                for _ in WRAPPINGS:  # one in the other, but not for ever: a pickle may hold itself
+                    wrappings = isinstance(found, dict) and WRAPPINGS & found.keys()
+                    if wrappings:
+                        found = found[min(wrappings)]
                 if not isinstance(found, dict):
                     raise ValueError(f"a {type(found).__name__}")
             for name, tensor in found.items():
                 if not isinstance(tensor, Tensor):
                     raise ValueError(f"{name} is a {type(tensor).__name__}")
-            tensors |= {WRAPPERS.sub("", name): tensor for name, tensor in found.items()}
+                tensors[WRAPPERS.sub("", name)] = tensor
     return tensors
 
 
@@ -148,18 +152,12 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
     lm.choice_head_trained = len(missing) == len(report["missing_keys"])
     # Checkpoints of old versions hold their causal mask as a buffer.
     surplus = [name for name in report["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    others = f", and hold {len(surplus)} others, such as {min(surplus)}" if missing and surplus else ""
-    infinite = [
-        name
-        for name, parameter in lm.named_parameters()
-        # a nan is both minimum and maximum; an empty one has neither
-        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all()
-    ]
-    for fault, names in {
-        "have wrong shapes in": reshaped,
-        "lack": missing,
-        "hold nan or infinity in": infinite,
-    }.items():
+    others = ""
+    if missing and surplus:
+        others = f", and hold {len(surplus)} others, such as {min(surplus)}"
+    infinite = [name for name, parameter in lm.named_parameters() if not all_finite(parameter)]
+    faults = {"have wrong shapes in": reshaped, "lack": missing, "hold nan or infinity in": infinite}
+    for fault, names in faults.items():
         if names:
             raise UserError(
                 f"the weights in {path} {fault} {len(names)} tensors, such as {min(names)}{others}; "
@@ -167,6 +165,13 @@ def check_weights(lm: PreTrainedModel, report: dict, path: Path) -> None:
             )
     if surplus:
         log.warning(f"warning: {path} holds {len(surplus)} tensors this model has no place for, such as {min(surplus)}")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    extremes = torch.stack(tensor.aminmax())  # a nan is both; this copies nothing, as isfinite of the whole would
+    return bool(extremes.isfinite().all())
 
 
 @torch.no_grad()
@@ -179,11 +184,12 @@ def probe(model: DialogModel) -> None:
         UserError: the weights give numbers that are not finite, or the model changes its logits in a way that
             `lm_logits` does not know.
     """
-    tokens = [token for token in range(len(model.ids.all) + 30) if token not in model.ids.all]
-    speakers = [model.ids.speaker1] * 3 + [model.ids.speaker2] * 3
+    ids = model.ids
+    tokens = [token for token in range(len(ids.all) + 30) if token not in ids.all]
+    speakers = [ids.speaker1] * 3 + [ids.speaker2] * 3
     first = Instance(tokens[:6], speakers, [tokens[6:9], tokens[9:14]])
     second = Instance(tokens[8:12], speakers[:4], [tokens[1:3], tokens[4:6], tokens[2:7]])
-    batch = collate([first, second], model.ids)
+    batch = collate([first, second], ids)
     padded = model._hidden_padded(batch)
     if not padded.isfinite().all():
         raise UserError(NOT_FINITE)
@@ -208,14 +214,18 @@ def packing_fault(model: DialogModel, batch: Batch, padded: Tensor) -> str:
     # GPT-Neo's local layers look back a number of columns along the row: too many for a tiny batch to show it.
     if "local" in getattr(model.lm.config, "attention_layers", ()):
         return "its layers are local"
-    visible, cache, parts = packed_visibility(batch.segments, batch.forks), DynamicCache(), []
+    visible = packed_visibility(batch.segments, batch.forks)
+    rows = torch.stack([batch.input_ids, batch.token_types, batch.positions])  # (3, B, T)
+    cache, parts = DynamicCache(), []
     try:
         whole = model._hidden_packed(batch)
         for columns in (slice(0, 4), slice(4, 5), slice(5, visible.shape[1])):  # one of them a single new token
-            inputs = (rows[:, columns] for rows in (batch.input_ids, batch.token_types, batch.positions))
-            parts.append(model.run_body(*inputs, visible[:, columns, : columns.stop], cache=cache))
+            parts.append(model.run_body(*rows[..., columns], visible[:, columns, : columns.stop], cache=cache))
     except Exception as error:  # an architecture may refuse a 4D mask, positions or a cache in its own way
         return first_line(error)
-    real, cached = batch.segments >= 0, torch.cat(parts, dim=1)
-    exact = same_numbers(whole[real], padded[real]) and same_numbers(cached[real], padded[real])
-    return "" if exact else "hidden states differ"
+    cached = torch.cat(parts, dim=1)
+    real = batch.segments >= 0  # no padding
+    for hidden in (whole, cached):
+        if not same_numbers(hidden[real], padded[real]):
+            return "hidden states differ"
+    return ""

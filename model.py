@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
@@ -19,16 +18,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel, OpenAIGPTModel
 
-from adapters import add_adapter, has_adapter, look_up, project, save_adapter, without_adapter
+from adapters import add_adapter, has_adapter, look_up, project, without_adapter
 from batches import Batch
-from cli import UserError, first_line
+from cli import explain_errors, quiet_transformers
 from files import whole_files
 from model_files import HEAD_WEIGHTS
-from utils import DialogTokenizer, SpecialIds
+from utils import SpecialIds
 
-# We say ourselves what matters in transformers' load reports.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+quiet_transformers()
 
 # ------------------------------------------------------------------------------------------------------------
 # openai-gpt with a key-value cache
@@ -66,6 +63,7 @@ class OpenAIGPTBody(OpenAIGPTModel):
 
         Args:
             attention_mask: a float mask (B, 1, T, S), added to the attention scores. None: causal.
+            position_ids: (B, T). None: from 0 on, as without a cache.
             past_key_values: a cache of earlier columns; those of these tokens are added to it.
             needed: flat indices (into B*T), each once, of the hidden states that somebody reads. The last layer
                 leaves out its feed-forward part for all others, and their hidden states are 0.
@@ -73,12 +71,12 @@ class OpenAIGPTBody(OpenAIGPTModel):
         if inputs_embeds is None:
             inputs_embeds = self.tokens_embed(input_ids)
         if position_ids is None:
-            start = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         x = self.drop(inputs_embeds + self.positions_embed(position_ids))
         shape = x.shape
         for block in self.h:
-            inputs = block, x, attention_mask, past_key_values, needed if block is self.h[-1] else None
+            is_last = block is self.h[-1]
+            inputs = block, x, attention_mask, past_key_values, needed if is_last else None
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(self._layer, *inputs)
             else:
@@ -137,10 +135,9 @@ def with_choice_head(causal_lm: type[PreTrainedModel]) -> type[PreTrainedModel]:
             self.multiple_choice_head = multiple_choice_head(config)
             self.post_init()
             # transformers' tanh GELU is eight elementwise kernels; torch's is one.
-            for module in list(self.modules()):
-                for name, child in module.named_children():
-                    if type(child) is NewGELUActivation:
-                        setattr(module, name, nn.GELU(approximate="tanh"))
+            for name, module in list(self.named_modules(remove_duplicate=False)):
+                if type(module) is NewGELUActivation:
+                    self.set_submodule(name, nn.GELU(approximate="tanh"))
 
     # transformers writes the class name to config.json and uses it to rename legacy tensors, so keep its own class's.
     WithChoiceHead.__name__, WithChoiceHead.__module__ = causal_lm.__name__, causal_lm.__module__
@@ -209,15 +206,18 @@ class DialogModel(nn.Module):
         in_row = (segments == 0) | (segments == candidates[:, None])  # (B, N, T)
         # For each padded row, the packed columns that it holds, in their order; then whatever else, as padding.
         columns = (~in_row).int().argsort(dim=-1, stable=True)[..., : int(in_row.sum(-1).max())]  # (B, N, T')
-        tokens, types = (
-            packed[:, None].expand_as(in_row).gather(2, columns).flatten(0, 1)
-            for packed in (batch.input_ids, batch.token_types)
-        )
-        hidden = self.body(inputs_embeds=self.embed(tokens, types), use_cache=False)[0].unflatten(0, columns.shape[:2])
+
+        def in_padded_rows(packed: Tensor) -> Tensor:  # (B, T) -> (B*N, T')
+            return packed[:, None].expand_as(in_row).gather(2, columns).flatten(0, 1)
+
+        embeds = self.embed(in_padded_rows(batch.input_ids), in_padded_rows(batch.token_types))
+        hidden = self.body(inputs_embeds=embeds, use_cache=False)[0]
+        hidden = hidden.unflatten(0, columns.shape[:2])  # (B, N, T', D)
         # Back to packed columns. The prefix is read from one row alone: it would else get every row's gradient.
         row = segments.clamp(min=1) - 1  # (B, 1, T): candidate n is in row n - 1, the prefix in row 0
         place = in_row.cumsum(-1).gather(1, row) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], row[:, 0], place[:, 0]]
+        dialog = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return hidden[dialog, row[:, 0], place[:, 0]]
 
     def run_body(
         self,
@@ -295,20 +295,12 @@ class DialogModel(nn.Module):
         ids = self.ids
         add_adapter(self.lm, rank, alpha, [ids.bos, ids.eos, ids.pad, ids.speaker1, ids.speaker2])
 
-    def save_adapter(self, folder: Path, tokenizer: DialogTokenizer, base: str) -> None:
-        """Write the adapter alone, to be loaded by `--model` or by peft; `base` names the model that it belongs on."""
-        save_adapter(self.lm, folder, tokenizer, base)
-
     def checkpoint_gradients(self) -> None:
         """From now on keep only each layer's input for the backward pass, and compute the rest again there."""
         # transformers before 5.22 has the second name only.
         enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
-        try:
+        with explain_errors("--gradient_checkpointing", "leave it out for this model, or use another one", ValueError):
             enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(
-                f"--gradient_checkpointing: {first_line(error)}; leave it out for this model, or use another one"
-            ) from error
 
 
 def packed_visibility(segments: Tensor, forks: Tensor) -> Tensor:
@@ -331,16 +323,11 @@ def gold_ranks(output: Output, batch: Batch) -> Tensor:
 def context_length(config) -> int:
     """Tokens a model takes at once: its positions, or its sliding window where that is smaller."""
     text = config.get_text_config()
-    names = (
-        "max_position_embeddings",
-        "n_positions",
-        "max_seq_len",
-        "seq_length",
-        "sliding_window",
-        "attention_window",
-    )
-    sizes = [getattr(text, name, None) for name in names]
-    return min((size for size in sizes if isinstance(size, int) and size > 0), default=1024)
+    positions = "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
+    windows = "sliding_window", "attention_window"
+    sizes = [getattr(text, name, None) for name in (*positions, *windows)]
+    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
+    return min(sizes, default=1024)
 
 
 def same_numbers(vectors: Tensor, expected: Tensor) -> bool:
@@ -350,4 +337,5 @@ def same_numbers(vectors: Tensor, expected: Tensor) -> bool:
     that may not be packed the difference was 0.17 (MPT).
     """
     tolerance = 1e-2 if expected.dtype == torch.float32 else 1e-1
-    return bool(((vectors - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())
+    differences = (vectors - expected).norm(dim=-1)
+    return bool((differences <= tolerance * expected.norm(dim=-1)).all())

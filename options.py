@@ -70,6 +70,12 @@ def accepts(option: Field, value) -> bool:
     return isinstance(value, kind) and (not option.metadata["choices"] or value in option.metadata["choices"])
 
 
+def check_value(option: Field, value, place: str = "") -> None:
+    """Raise UserError where an option does not take `value`. place: where it was read, to begin the message with."""
+    if not accepts(option, value):
+        raise UserError(f"{place}{option.name}: expected {expected(option, value)}, found {value!r}")
+
+
 def parse_value(option: Field, text: str):
     """The value of an option from what was typed.
 
@@ -92,9 +98,7 @@ class Settings:
 
     def __post_init__(self):
         for name, option in self.options().items():
-            value = getattr(self, name)
-            if not accepts(option, value):
-                raise UserError(f"{name}: expected {expected(option, value)}, found {value!r}")
+            check_value(option, getattr(self, name))
 
     @classmethod
     def options(cls) -> dict[str, Field]:

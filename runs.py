@@ -6,7 +6,6 @@ import math
 import os
 import re
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from ignite.handlers import ProgressBar
 
 from checkpoints import Progress
 from cli import UserError, explain_errors, log, printable
-from files import UNFINISHED, lock, make_folder, remove_unfinished, whole_files
+from files import lock, make_folder, remove_unfinished, unfinished_folder, whole_files
 from model_files import ADAPTER
 from progress import progress_bar
 
@@ -64,7 +63,7 @@ def point_latest_to(folder: Path) -> None:
     """
     latest = folder.with_name("latest")
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{UNFINISHED}.") as unfinished:
+        with unfinished_folder(folder) as unfinished:
             link = Path(unfinished) / "latest"
             try:
                 link.symlink_to(folder.name)

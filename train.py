@@ -21,6 +21,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
 
+from adapters import save_adapter
 from batches import Batch, batches_by_length, load_batches
 from card import describe
 from checkpoints import Progress, checkpoint_files, newest_checkpoint, restore, save_checkpoint
@@ -325,7 +326,7 @@ class Run:
     def save_model(self) -> None:
         settings, model = self.settings, self.learner.model
         if settings.lora:
-            model.save_adapter(self.folder / ADAPTER, self.tokenizer, settings.lora_base)
+            save_adapter(model.lm, self.folder / ADAPTER, self.tokenizer, settings.lora_base)
         if settings.lora_save == "both":
             model.save(self.folder)
 
@@ -397,7 +398,7 @@ def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, dev
     splits = load_dataset(dialogs, tokenizer, settings.dataset_cache, progress=idist.get_rank() == 0)
     from loading import load_model  # heavy: after all that can be told to be wrong at once
 
-    if settings.lora and not files.has_weights:
+    if settings.lora and not files.weights:
         raise UserError(f"{files.folder} holds no weights that --lora could keep; leave it out to train from scratch")
     model = load_model(files, tokenizer, device, from_scratch=True)
 

@@ -16,9 +16,9 @@ import numpy as np
 from cli import UserError, explain_errors, first_line, log, printable
 from configs import check_rules, load_config, load_config_dict
 from dialogs import Dialogs
-from files import UNFINISHED, lock, remove_unfinished, typed_path, whole_files
+from files import lock, remove_unfinished, typed_path, whole_files
 from model_files import ModelFiles
-from options import MAX_HISTORY, CommonSettings, accepts, expected
+from options import MAX_HISTORY, CommonSettings, check_value
 from progress import progress_bar
 from records import FORMATS
 from splits import LISTS, Ragged, Split, Views, ragged, ragged_arrays, with_distractors
@@ -209,7 +209,7 @@ def load_tokenizer(
     base_types = not files.gguf and load_config_dict(files)["model_type"] in WITH_TOKEN_TYPES
     rules = pre_tokenizer, token_types, base_types
     if not files.has_tokenizer:
-        if files.has_weights:  # a vocabulary that is learned would give other words to the rows of their embedding
+        if files.weights:  # a vocabulary that is learned would give other words to the rows of their embedding
             raise UserError(
                 f"{files.folder} holds weights but no tokenizer; copy that of the base model into it "
                 "(tokenizer.json, or vocab.json and merges.txt)"
@@ -237,20 +237,18 @@ def load_tokenizer(
         check_rules(folder / "tokenizer.json")
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
         hf("Hello, I'm fine!")  # rules that fail with any text are told of here
-        check_own_settings(hf.init_kwargs)
+        check_own_settings(hf.init_kwargs, folder)
     if not files.gguf:
         check_vocabulary(hf, files)
     return DialogTokenizer(hf, *rules)
 
 
-def check_own_settings(saved: dict) -> None:
-    """Raise ValueError where what `DialogTokenizer` saves in a tokenizer's settings was changed to what it never is."""
+def check_own_settings(saved: dict, folder: Path) -> None:
+    """Refuse values that `DialogTokenizer` never saves in a tokenizer's settings. Raises ValueError or UserError."""
     if not isinstance(saved.get("token_types", True), bool):
         raise ValueError(f"token_types is {saved['token_types']!r}, not true or false")
     for name in ("pre_tokenizer", "max_history"):
-        option, value = CommonSettings.options()[name], saved.get(name)
-        if not accepts(option, value):
-            raise ValueError(f"{name} is {value!r}, not {expected(option, value)}")
+        check_value(CommonSettings.options()[name], saved.get(name), f"{folder}/tokenizer_config.json: ")
 
 
 def check_vocabulary(hf, files: ModelFiles) -> None:
@@ -264,7 +262,7 @@ def check_vocabulary(hf, files: ModelFiles) -> None:
     if not 0 <= top < 2 * size + 1000:  # the embedding needs a row for each id up to it
         raise UserError(f"the tokenizer in {files.folder} has an id of {top} for {size} tokens; expected them in a row")
     words = len(vocabulary.keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
-    rows = load_config(files).get_text_config().vocab_size if files.has_weights else 0
+    rows = load_config(files).get_text_config().vocab_size if files.weights else 0
     if not words or 2 * len(hf) < rows:
         found = f"has {words} tokens for an embedding of {rows}" if words else "is empty"
         raise UserError(
@@ -311,7 +309,7 @@ def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progr
     path = path.with_name(f"{path.stem}_{key[:12]}{path.suffix}")
     # Of a node's processes one tokenises, and the others wait for it.
     with lock(path):
-        remove_unfinished(path.parent, f"{UNFINISHED}{path.name}.")
+        remove_unfinished(path.parent, path.name)
         arrays = read_cache(path, key)
         if arrays is None:
             started = time.monotonic()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from adapters import add_adapter, look_up, project, trained_rows
+from adapters import add_adapter, look_up, project, save_adapter, trained_rows
 from batches import collate
 from cli import UserError, log
 from helpers import rewrite_json
@@ -68,7 +68,7 @@ class Trained:
         return output.lm_nll, output.mc_logits
 
     def save(self) -> Path:
-        self.model.save_adapter(self.folder, self.tokenizer, str(self.base))
+        save_adapter(self.model.lm, self.folder, self.tokenizer, str(self.base))
         return self.folder
 
 
@@ -334,7 +334,7 @@ def test_the_adapter_that_comes_with_the_toolkit(tiny):
     tokenizer = load_tokenizer(files)
     assert (len(tokenizer), tokenizer.max_history, tokenizer.ids.token_types) == (49157, -1, False)
     assert tokenizer.hf.chat_template == chat_template(utterances_shown(-1))
-    Decoding(**decoding_defaults(files, Decoding.options()))  # within their bounds
+    Decoding(**decoding_defaults(files))  # within their bounds
 
 
 def test_names_that_last(tmp_path, monkeypatch):

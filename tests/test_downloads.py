@@ -164,8 +164,8 @@ def test_the_folder_of_an_archives_config(members, inside, tmp_path, cache):
 def test_an_archive_is_unpacked_once_and_again_where_it_has_changed(tmp_path, cache):
     path = write_tar(tmp_path / "model.tar.gz", "config.json")
     first = unpack(path)
-    (left := first.with_name(f"{first.name}.killed")).mkdir()
-    (other := first.with_name("other.killed")).mkdir()
+    (left := first.with_name(f".saving-{first.name}.killed")).mkdir()
+    (other := first.with_name(".saving-other.killed")).mkdir()
     (first / "mark").touch()
     assert unpack(path) == first
     assert (left.exists(), other.exists()) == (False, True)  # what a killed process left of this one, and of another
@@ -364,7 +364,7 @@ def test_names_are_fetched_from_the_hub_as_safetensors_or_else_bin(name, repo, w
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     files = find_model(name)
     assert files == ModelFiles(tmp_path)
-    assert files.has_weights
+    assert files.weights
     assert asked == [(repo, True, False), (repo, False, True)][: 1 if weights == "model.safetensors" else 2]
 
 
@@ -393,7 +393,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out(tmp_path, monke
 def test_talking_and_evaluating_take_the_fine_tuned_openai_gpt(tmp_path, server, cache, monkeypatch):
     monkeypatch.setattr(model_files, "FINETUNED_URL", server.url)
     server.content = write_tar(tmp_path / "archive", "config.json", "pytorch_model.bin").read_bytes()
-    assert find_finetuned_model("openai-gpt").has_weights
+    assert find_finetuned_model("openai-gpt").weights
     assert server.ranges == [None]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

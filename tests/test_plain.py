@@ -130,7 +130,7 @@ def test_a_tokenizer_that_joins_what_the_rows_keep_apart_gets_no_template(plain,
 )
 def test_replies_are_drawn_as_the_model_says_where_the_user_does_not(content, options, expected, tmp_path, monkeypatch):
     (tmp_path / "generation_config.json").write_text(content)
-    defaults = decoding_defaults(ModelFiles(tmp_path), Decoding.options())
+    defaults = decoding_defaults(ModelFiles(tmp_path))
     monkeypatch.setattr(sys, "argv", ["interact.py", *options])
     assert interact.parse_settings(defaults)[1] == expected
 
@@ -139,4 +139,4 @@ def test_replies_are_drawn_as_the_model_says_where_the_user_does_not(content, op
 def test_a_generation_config_that_says_nonsense(content, tmp_path):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match="generation_config.json"):
-        decoding_defaults(ModelFiles(tmp_path), Decoding.options())
+        decoding_defaults(ModelFiles(tmp_path))

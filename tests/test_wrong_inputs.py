@@ -523,7 +523,7 @@ WRONG_MODELS = {
     "shard-of-three": (content("model-00002-of-00003.safetensors", b""), "{0} lacks 2 of the 3 files of its weights, such as model-00001-of-00003.safetensors" + COPY),
     "index-alone": (content("pytorch_model.bin.index.json", b'{"weight_map": {"a": "x.bin", "b": "x.bin"}}'), "{0} lacks 1 of the 1 files of its weights, such as x.bin" + COPY),
     "index-of-numbers": (content("model.safetensors.index.json", b'{"weight_map": {"a": 1, "b": "x"}}'), "cannot read {0}/model.safetensors.index.json: it names no files; expected an index of transformers"),
-    "history-in-words": (lambda folder: rewrite_json(folder / "tokenizer_config.json", max_history="x"), "cannot read the tokenizer in {0}: max_history is 'x', not a whole number of at least -1; expected one of transformers'"),
+    "history-in-words": (lambda folder: rewrite_json(folder / "tokenizer_config.json", max_history="x"), "{0}/tokenizer_config.json: max_history: expected a whole number of at least -1, found 'x'"),
     "index-of-nothing": (content("model.safetensors.index.json", b"{}"), "cannot read {0}/model.safetensors.index.json: 'weight_map'; expected an index of transformers"),
     "index-of-no-files": (content("model.safetensors.index.json", b'{"weight_map": {}}'), "cannot read {0}/model.safetensors.index.json: it names no files; expected an index of transformers"),
     "wrapped-in-itself": (content("pytorch_model.bin", saved(LOOP)), "cannot load the weights in {0}/pytorch_model.bin: model is a dict; expected whole files of tensors"),
