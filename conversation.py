@@ -1,5 +1,6 @@
 """A conversation: a persona and its turns, text in, the bot's reply as text out."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -79,11 +80,6 @@ class Conversation:
         parts = [f"{left_out} of the {size} tokens of {name}" for name, (left_out, size) in self.truncated.items()]
         return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}"
 
-    @property
-    def history(self) -> list[str]:
-        """All utterances, oldest first."""
-        return [message["content"] for message in self.record()["messages"]]
-
     def warn_of_truncation(self) -> None:
         """Log what of the last prefix did not fit, once of each of its parts."""
         if not self.warned.issuperset(self.truncated):
@@ -91,13 +87,18 @@ class Conversation:
             self.warned.update(self.truncated)
 
     def record(self) -> dict:
-        """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
+        """Persona and messages, as a dialog to train on."""
         messages = []
         for turn in self.turns:
             if turn.text is not None:
                 messages.append({"role": "user", "content": turn.text})
             messages.append({"role": "assistant", "content": turn.reply})
         return {"personality": self.persona, "messages": messages}
+
+    @property
+    def history(self) -> list[str]:
+        """All utterances, oldest first."""
+        return [message["content"] for message in self.record()["messages"]]
 
     def resume(self, history: list[str]) -> None:
         """Put an earlier conversation, whose last utterance is the bot's, in the place of this one."""
@@ -109,24 +110,22 @@ class Conversation:
             self.turns.append(Turn(text, reply, self.tokenizer.encode(said)))
 
     def recent(self, history: list[list[int]], room: int) -> list[list[int]]:
-        """The utterances (token ids) that are shown, in `room` tokens where all are to be.
+        """The utterances (token ids) that are shown: the last ones; of a whole history, those that `room` tokens hold.
 
-        The oldest then go a quarter of the context at once. What is left stays the beginning of many prefixes, so that
-        its keys and values are computed again only seldom.
+        A history that is too long is forgotten by quarters of the context. To forget no more than is needed would move
+        the beginning of the prefix at each turn, and all keys and values would be computed again.
         """
         if self.n_history < utterances_shown(-1):
             return history[-self.n_history :]
-        if self.forgotten >= len(history):  # turns were taken back
-            self.forgotten = 0
-        size = sum(len(utterance) + 1 for utterance in history[self.forgotten :])  # each after its speaker
-        if size > room:
-            room -= self.model.limit // 4
-            *earlier, _ = history  # the message, which is the last, stays
-            for utterance in earlier[self.forgotten :]:
-                if size <= room:
-                    break
-                size -= len(utterance) + 1
-                self.forgotten += 1
+        too_many = sum(len(utterance) + 1 for utterance in history) - room  # each utterance stands after its speaker
+        quarter = self.model.limit // 4
+        to_forget = math.ceil(too_many / quarter) * quarter
+        self.forgotten = 0
+        for utterance in history[:-1]:  # the message, which is the last, stays
+            if to_forget <= 0:
+                break
+            to_forget -= len(utterance) + 1
+            self.forgotten += 1
         return history[self.forgotten :]
 
     def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
@@ -143,15 +142,13 @@ class Conversation:
         room = len(begun) + longest  # for the reply
         taken = sum(map(len, persona)) + room + 3  # <bos>, the reply's speaker, <eos>
         history = self.recent(history, limit - taken)
-        persona, history, room = truncate(persona, history, room, limit)
+        persona, history, _ = truncate(persona, history, room, limit)
         shown = token_counts(persona, history, begun)
-        left_out = {name: size - shown[name] for name, size in whole.items()}
-        self.truncated = {name: (count, whole[name]) for name, count in left_out.items() if count > 0}
+        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if size > shown[name]}
         tokens, types = build_prefix(persona, history, ids)
-        tokens += begun
-        types += [ids.speaker1] * len(begun)
-        decoding = replace(self.decoding, max_length=max(room - len(begun), 1))
-        return Generation(self.model, [(tokens, types)], decoding, [self.generator], self.prefix_cache)
+        prefix = [*tokens, *begun], types + [ids.speaker1] * len(begun)
+        decoding = replace(self.decoding, max_length=longest)
+        return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say `text`; yields the bot's reply piece by piece, and remembers the turn once it is whole.
