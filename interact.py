@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from options import CommonSettings, Decoding, Parser, Settings, kind_of, option
 from personas import read_persona
 from terminal import (
     GREEN,
-    Pace,
     Prompt,
     box,
     coloured,
@@ -169,7 +168,7 @@ class TerminalChat:
     def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
         self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
         self.saved: dict[str, SavedChat] = {}  # files that hold this chat
-        self.pace: Pace | None = None  # of the last reply
+        self.pace = ""  # of the last reply, in words
 
     def run(self) -> None:
         self.show_persona()
@@ -200,16 +199,19 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        n_turns = len(self.chat.turns)
-        n, longest = self.chat.decoding.n_replies, self.chat.decoding.max_length
-        several = f"... {n} replies, of which the best is given: {{}} of at most {longest} tokens"
+        chat, waiting = self.chat, "..."
+        n, longest = chat.decoding.n_replies, chat.decoding.max_length
+        if n > 1:
+            waiting = f"... {n} replies, of which the best is given: {{}} of at most {longest} tokens"
+        n_turns = len(chat.turns)
         with interrupts() as stopped:
-            self.pace = print_stream(self.chat.stream(text, stopped), several if n > 1 else "...")
-        if len(self.chat.turns) == n_turns:
+            self.pace = print_stream(chat.stream(text, stopped), waiting)
+        answered = len(chat.turns) > n_turns
+        if not answered:
             notice("(stopped before the first word; the message is forgotten)")
-        self.chat.warn_of_truncation()
-        if self.transcript and len(self.chat.turns) > n_turns:
-            self.transcript.add(self.chat)
+        chat.warn_of_truncation()
+        if answered and self.transcript:
+            self.transcript.add(chat)
 
     def show_persona(self) -> None:
         print(box("Persona", self.chat.persona or ["(none)"]))
@@ -289,10 +291,11 @@ class TerminalChat:
         name, _, value = rest.partition(" ")
         if name and (value or name not in Decoding.options()):
             self.chat.decoding = self.chat.decoding.changed(name, value.strip())
-        options = asdict(self.chat.decoding)
-        for shown in [name] if name else options:
-            value = options[shown]
-            print(f"{shown} {('off', 'on')[value] if isinstance(value, bool) else value}")
+        for known, value in asdict(self.chat.decoding).items():
+            if name in ("", known):
+                if isinstance(value, bool):
+                    value = "on" if value else "off"
+                print(known, value)
 
     def do_stats(self, _: str) -> None:
         if self.pace:
@@ -305,9 +308,8 @@ class TerminalChat:
             raise UserError("expected /save FILE")
         if not self.chat.turns:
             raise UserError("there is nothing to save yet; type a message")
-        file = self.saved.get(name) or SavedChat(name)
+        file = self.saved.setdefault(name, SavedChat(name))
         file.write(self.chat.record())
-        self.saved[name] = file
         notice(f"Saved {len(self.chat.history)} utterances in {name}")
 
     def do_load(self, name: str) -> None:
@@ -318,8 +320,10 @@ class TerminalChat:
         self.begin_anew()
         self.show_persona()
         for turn in self.chat.turns[-3:]:
-            print("" if turn.text is None else coloured("> ", GREEN) + "\n".join(wrapped(printable(turn.text))))
-            print(*wrapped(printable(turn.reply)), sep="\n")
+            if turn.text is not None:
+                print(coloured("> ", GREEN), end="")
+            for text in (turn.text or "", turn.reply):
+                print(*wrapped(printable(text)), sep="\n")
 
     def do_quit(self, _: str) -> None:
         raise EOFError
@@ -355,7 +359,7 @@ def main() -> None:
     if sys.stdin.isatty():
         log.info(f"loading {settings.model} ...")
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
-    settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
+    max_history = tokenizer.choose_max_history(settings.max_history)
     if tokenizer.fine_tuned:  # a base model's are for other texts
         decoding = parse_settings(decoding_defaults(files, Decoding.options()))[1]
 
@@ -376,10 +380,10 @@ def main() -> None:
         from web import serve
         from worker import Bot
 
-        bot = Bot(model_name(settings.model), persona, decoding, settings.max_history, seed, dialogs)
+        bot = Bot(model_name(settings.model), persona, decoding, max_history, seed, dialogs)
         serve(model, tokenizer, bot, web_settings)
         return
-    chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)
+    chat = Conversation(model, tokenizer, persona, decoding, max_history, seed)
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not
     try:
         if sys.stdin.isatty():
