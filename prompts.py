@@ -79,14 +79,17 @@ class ChatTemplate:
 
     def prefix(self, persona: list[str], history: list[str]) -> list[int]:
         """The tokens before a reply."""
-        system = self.instructions.replace(PERSONA, "\n".join(map(self._plain, persona)))
-        turns = history_messages(list(map(self._plain, history)))
+        sentences = "\n".join(map(self._plain, persona))
+        system = self.instructions.replace(PERSONA, sentences)
+        texts = list(map(self._plain, history))
         try:
-            return self._ids(self._render([{"role": "system", "content": system}, *turns]))
+            text = self._render([{"role": "system", "content": system}, *history_messages(texts)])
         except Exception:  # some templates know no system message, and let the user begin
-            turns = turns if len(turns) % 2 else turns[1:]
-            said = [system, *(turn["content"] for turn in turns[:1])]
-            return self._ids(self._render([{"role": "user", "content": "\n\n".join(said)}, *turns[1:]]))
+            if len(texts) % 2 == 0:
+                texts = texts[1:]
+            first = "\n\n".join([system, *texts[:1]])
+            text = self._render(history_messages([first, *texts[1:]]))
+        return self._ids(text)
 
 
 @dataclass(eq=False)
@@ -100,14 +103,16 @@ class ChatInstances(Instances):
         persona = self.split.persona_texts(index)
         history = self.split.history_texts(index)[-self.n_history :]
         reply = min(reply, self.limit // 2)
-        while len(tokens := self.template.prefix(persona, history)) + reply + 1 > self.limit:
+        room = self.limit - reply - 1  # <eos>
+        tokens = self.template.prefix(persona, history)
+        # One at a time: what the template writes around a message is known only by rendering it.
+        while len(tokens) > room and (len(history) > 1 or persona):
             if len(history) > 1:
                 history = history[1:]
-            elif persona:
-                persona = persona[:-1]
             else:
-                tokens = tokens[-(self.limit - reply - 1) :]
-                break
+                persona = persona[:-1]
+            tokens = self.template.prefix(persona, history)
+        tokens = tokens[-room:]
         return (tokens, [self.ids.speaker1] * len(tokens)), reply
 
     def lengths(self) -> np.ndarray:
