@@ -1,7 +1,7 @@
 """OpenAI's chat completions: requests in, answers out. The worker computes the replies; HTTP is web.py's."""
 
 import json
-import random
+import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -97,14 +97,20 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
     As in other local servers (llama.cpp's, ollama) a last message of the assistant is the beginning of the reply,
     and only its continuation is answered. Messages without text, and those of tools, are left out.
     """
-    told = [(role_of(message), text_of(message)) for message in request.messages]
-    systems = [text for role, text in told if role == "system"]
+    systems, turns = [], []
+    for message in request.messages:
+        role, text = role_of(message), text_of(message)
+        if role == "system":
+            systems.append(text)
+        elif role in SIDES and text.strip():
+            turns.append((role, text))
     if sum(map(len, systems)) > MAX_PERSONA:
         raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
     persona = split_sentences("\n".join(systems)) if systems else bot.persona
-    turns = [(role, text) for role, text in told if role in SIDES and text.strip()]
     dialog = [(role, text) for role, text, _ in joined_turns(turns)]
-    begun = check_message(dialog.pop()[1]) if dialog and dialog[-1][0] == "assistant" else ""
+    begun = ""
+    if dialog and dialog[-1][0] == "assistant":
+        begun = check_message(dialog.pop()[1])
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
     *history, message = [text for _, text in dialog[-utterances_shown(bot.max_history) :]]
@@ -147,15 +153,16 @@ def asked_stops(stop: str | list[str]) -> tuple[str, ...]:
 
 def asked_decoding(request: ChatRequest, decoding: Decoding) -> Decoding:
     """How a request wants replies to be drawn. Raises UserError."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    changes = {name: value for name in names if (value := getattr(request, name)) is not None}
+    # What both classes have is called the same in both.
+    given = {name: value for name, value in vars(request).items() if value is not None}
+    changes = {name: given[name] for name in given if name in Decoding.options()}
     for name in changes.keys() & {"temperature", "top_p"}:  # 0 is the likeliest token; the options have no such value
         changes[name] = max(changes[name], 1e-6)
     if "temperature" in changes:
         changes["no_sample"] = False
-    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    limit = given.get("max_completion_tokens", request.max_tokens)
     if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
-        changes["max_length"] = min(limit, LARGEST) if limit > 0 else LARGEST
+        changes["max_length"] = limit if 0 < limit < LARGEST else LARGEST
     return replace(decoding, n_replies=max(request.n, decoding.n_replies), **changes)
 
 
@@ -173,8 +180,7 @@ def error_answer(status: int, message: str) -> dict:
 
 def about(model: str) -> dict:
     """What every part of one answer says of itself."""
-    name = f"chatcmpl-{random.SystemRandom().getrandbits(64):016x}"
-    return {"id": name, "created": int(time.time()), "model": model}
+    return {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time()), "model": model}
 
 
 async def completion(job: Job, model: str) -> dict:
@@ -182,15 +188,10 @@ async def completion(job: Job, model: str) -> dict:
     with job:
         async for step in job:
             end = step
-    choices = [
-        {
-            "index": i,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": finish_reason,
-        }
-        for i, (text, finish_reason) in enumerate(end.choices)
-    ]
+    choices = []
+    for i, (text, finish_reason) in enumerate(end.choices):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": finish_reason})
     return {**about(model), "object": "chat.completion", "choices": choices, "usage": end.usage} | warning(end)
 
 

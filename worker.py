@@ -24,6 +24,7 @@ from utils import DialogTokenizer
 
 MAX_ROWS = 32  # replies in a batch
 MAX_DRAWN = 16_384  # tokens that may be drawn in a batch: its memory grows with them
+STOPPING = 503, "the server is stopping"
 KEPT_PREFIXES = 8  # conversations whose keys and values stay in memory
 
 
@@ -50,10 +51,6 @@ class Unavailable(Exception):
     def __init__(self, status: int, message: str, retry_after: int | None = None):
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
-
-
-def stopping() -> Unavailable:
-    return Unavailable(503, "the server is stopping")
 
 
 @dataclass
@@ -148,12 +145,14 @@ class Writing:
         self.done = False  # no reply grows any more, or nobody waits for it
 
     def choice(self, reply: Reply, decode: Callable[[list[int]], str]) -> Choice:
-        """The text of a reply after what was begun, up to a stop sequence, and why it ends there."""
+        """The text of a reply after what was begun, as far as it can be shown, and why it ends there if it does."""
         whole = decode([*self.begun, *reply.tokens])[self.n_begun :]
         text = before_stops(whole, self.ask.stop)
         if reply.complete or text != whole:
             return Choice(text, "stop")
-        return Choice(text, None if reply.can_grow(self.generation.decoding) else "length")
+        if reply.can_grow(self.generation.decoding):
+            return Choice(certain(text, self.ask.stop), None)
+        return Choice(text, "length")
 
     def tell(self, replies: list[Reply]) -> None:
         """Say how far the replies are; also their end, which need not wait for the others of the batch."""
@@ -162,17 +161,17 @@ class Writing:
             return
         choices = [self.choice(reply, self.chat.tokenizer.decode_start) for reply in replies]
         self.done = all(choice.finish_reason for choice in choices)
-        if self.ranked:  # the end is told when all are drawn and scored
+        if self.ranked:  # nothing is told until all are drawn and scored
             return
         if self.done:
             self.tell_end(replies)
-        else:
-            shown = [certain(choice.text, self.ask.stop) for choice in choices]
-            self.job.put(Progress([Choice(text, None) for text in shown]))
+        else:  # those that have ended wait for the others
+            self.job.put(Progress([Choice(text, None) for text, _ in choices]))
 
     def tell_end(self, replies: list[Reply]) -> None:
         """Say the first `n` replies, which are whole. replies: all that were drawn, ranked where there are more."""
-        decode, given = self.chat.tokenizer.decode, replies[: self.ask.n]
+        decode = self.chat.tokenizer.decode
+        given = replies[: self.ask.n]
         choices = [self.choice(reply, decode) for reply in given]
         candidates = distinct(replies, decode) if self.ranked else {}
         ((prompt, _),) = self.generation.prefixes
@@ -187,9 +186,12 @@ def before_stops(text: str, stops: tuple[str, ...]) -> str:
 
 
 def certain(text: str, stops: tuple[str, ...]) -> str:
-    """A text without an end that may be the beginning of a stop sequence: what can be shown already."""
-    held = (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
-    return text[: len(text) - max(held, default=0)]
+    """A text without an end that a stop sequence may begin with: what can be shown already."""
+    for start in range(len(text)):
+        end = text[start:]
+        if any(stop.startswith(end) for stop in stops):
+            return text[:start]
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ class Worker:
         job = Job(ask)
         with self.changed:
             if self.closed:
-                raise stopping()
+                raise Unavailable(*STOPPING)
             if len(self._still_waiting()) >= self.max_queue:
                 message = f"{self.max_queue} replies are waited for already; try again in a moment"
                 raise Unavailable(429, message, max(1, math.ceil(self.seconds)))
@@ -248,7 +250,7 @@ class Worker:
             start = time.monotonic()
             try:
                 self._run(jobs)
-                failure = stopping()
+                failure = Unavailable(*STOPPING)
             except Exception as error:  # a bug, or a full GPU: the worker goes on with the next jobs
                 log.exception("a reply failed")
                 failure = Unavailable(500, f"the reply failed: {first_line(error)}")
@@ -258,7 +260,7 @@ class Worker:
             if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
                 time.sleep(min(0.05, self.seconds / 20))
         for job in self.waiting:
-            job.put(stopping())
+            job.put(Unavailable(*STOPPING))
 
     def _next_jobs(self) -> list[Job]:
         """Wait for the next job; it, and those that can be computed with it. Empty once the worker is closed."""
@@ -267,7 +269,8 @@ class Worker:
             if self.closed:
                 return []
             decoding = self.waiting[0].ask.decoding
-            rows = min(MAX_ROWS, MAX_DRAWN // min(decoding.max_length, self.model.limit))
+            longest = min(decoding.max_length, self.model.limit)
+            rows = min(MAX_ROWS, MAX_DRAWN // longest)
             rows_of_job = max(decoding.n_replies, decoding.num_beams)
             alike = [job for job in self.waiting if job.ask.decoding == decoding]
             jobs = alike[: max(1, rows // rows_of_job)]
@@ -296,7 +299,8 @@ class Worker:
 
     def _writing(self, job: Job) -> Writing:
         ask = job.ask
-        seed = (next(self.seeds) if ask.seed is None else ask.seed) % 2**63
+        seed = next(self.seeds) if ask.seed is None else ask.seed
+        seed %= 2**63  # torch takes no more
         settings = ask.decoding, self.bot.max_history, seed, self.prefix_cache
         chat = Conversation(self.model, self.tokenizer, ask.persona, *settings)
         chat.warned = self.warned
@@ -307,8 +311,7 @@ class Worker:
 
 def joined(generations: list[Generation]) -> Generation:
     """The generations of a prefix each, which draw alike, as one. Each reply keeps its own generator of chance."""
-    first, *others = generations
-    if not others:
-        return first
+    first = generations[0]
     prefixes = [prefix for each in generations for prefix in each.prefixes]
-    return Generation(first.model, prefixes, first.decoding, [each.rows[0].generator for each in generations])
+    generators = [each.rows[0].generator for each in generations]
+    return Generation(first.model, prefixes, first.decoding, generators, first.prefix_cache)
