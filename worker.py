@@ -140,9 +140,9 @@ class Writing:
         message, self.begun = chat.tokenizer.encode([text, self.ask.begun])
         self.n_begun = len(chat.tokenizer.decode(self.begun))  # characters
         self.generation = chat.generation(message, self.begun)
-        # The best of more replies than are wanted are known at the end only.
+        # The best of more replies than are wanted are known only when all are drawn and scored. They are drawn to their
+        # own ends, past stop sequences too: were they cut off together, their scores would depend on the batch.
         self.ranked = self.ask.decoding.n_replies > self.ask.n
-        self.done = False  # no reply grows any more, or nobody waits for it
 
     def choice(self, reply: Reply, decode: Callable[[list[int]], str]) -> Choice:
         """The text of a reply after what was begun, as far as it can be shown, and why it ends there if it does."""
@@ -156,14 +156,10 @@ class Writing:
 
     def tell(self, replies: list[Reply]) -> None:
         """Say how far the replies are; also their end, which need not wait for the others of the batch."""
-        if self.job.over:
-            self.done = True
+        if self.job.over or self.ranked:
             return
         choices = [self.choice(reply, self.chat.tokenizer.decode_start) for reply in replies]
-        self.done = all(choice.finish_reason for choice in choices)
-        if self.ranked:  # nothing is told until all are drawn and scored
-            return
-        if self.done:
+        if all(choice.finish_reason for choice in choices):
             self.tell_end(replies)
         else:  # those that have ended wait for the others
             self.job.put(Progress([Choice(text, None) for text, _ in choices]))
@@ -291,7 +287,7 @@ class Worker:
                 writing.tell(replies)
             if self.closed:
                 return
-            if all(writing.done for writing in writings):
+            if all(job.over for job in jobs):
                 break
         if len(jobs) == 1 or not all(job.over for job in jobs):  # alone: also to keep its prefix for the next turn
             for writing, replies in zip(writings, generation.finish(), strict=True):
