@@ -17,18 +17,7 @@ from files import cached_path, is_url
 from model_files import decoding_defaults, find_finetuned_model
 from options import CommonSettings, Decoding, Parser, Settings, kind_of, option
 from personas import read_persona
-from terminal import (
-    GREEN,
-    Prompt,
-    box,
-    coloured,
-    hanging,
-    interrupts,
-    notice,
-    piped_lines,
-    print_stream,
-    wrapped,
-)
+from terminal import GREEN, Prompt, box, coloured, hanging, interrupts, notice, piped_lines, print_stream, show
 from transcript import SavedChat, Transcript, last_dialog
 from utils import load_tokenizer
 
@@ -234,7 +223,7 @@ class TerminalChat:
         for usage, what in COMMANDS.items():
             others = " or ".join(other for other, name in SYNONYMS.items() if name == usage)
             print(hanging(f"{usage:18} ", what + (f"; also {others}" if others else "")))
-        print(*wrapped(KEYS), sep="\n")
+        show(KEYS)
 
     def do_persona(self, rest: str) -> None:
         action, _, value = rest.partition(" ")
@@ -285,7 +274,7 @@ class TerminalChat:
         if self.transcript:
             self.transcript.take_back()
             self.transcript.add(self.chat)
-        print(*wrapped(turn.reply), sep="\n")
+        show(turn.reply)
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -322,8 +311,8 @@ class TerminalChat:
         for turn in self.chat.turns[-3:]:
             if turn.text is not None:
                 print(coloured("> ", GREEN), end="")
-            for text in (turn.text or "", turn.reply):
-                print(*wrapped(printable(text)), sep="\n")
+            show(turn.text or "")
+            show(turn.reply)
 
     def do_quit(self, _: str) -> None:
         raise EOFError

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cli import UserError, explain_errors, first_line
+from cli import UserError, explain_errors
 from files import typed_path
 from inputs import Instances, Prefix
 from template import history_messages
@@ -56,10 +56,9 @@ class ChatTemplate:
 
     def _end_of_reply(self) -> int:
         """The token that ends a reply: the first one after it where it is part of the history."""
-        try:
-            text = self._render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}], False)
-        except Exception as error:  # a template is a program of somebody else
-            raise UserError(f"--prompt chat: the chat template fails: {first_line(error)}; leave it out") from error
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}]
+        with explain_errors("--prompt chat: the chat template fails", "leave it out"):  # it is somebody's program
+            text = self._render(messages, to_be_answered=False)
         end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))
         if not end:
             raise UserError("--prompt chat: the chat template does not end its replies; leave it out for this model")
@@ -105,7 +104,7 @@ class ChatInstances(Instances):
         reply = min(reply, self.limit // 2)
         room = self.limit - reply - 1  # <eos>
         tokens = self.template.prefix(persona, history)
-        # One at a time: what the template writes around a message is known only by rendering it.
+        # One by one: what the template writes around a message is known only from its text.
         while len(tokens) > room and (len(history) > 1 or persona):
             if len(history) > 1:
                 history = history[1:]

@@ -132,6 +132,11 @@ def box(title: str, lines: list[str]) -> str:
     return "\n".join([head, *body, foot])
 
 
+def show(text: str) -> None:
+    """Print what somebody said."""
+    print(*wrapped(printable(text)), sep="\n")
+
+
 def notice(text: str) -> None:
     """Print what the program says of itself."""
     lines = wrapped(printable(text))

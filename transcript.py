@@ -121,7 +121,7 @@ def last_dialog(name: str) -> tuple[list[str], list[str]]:
     if not last:
         raise UserError(f"{name} holds no dialog; choose another file")
     (dialog,) = last
-    if not dialog.utterances:
-        return dialog.personality, []
-    reply = dialog.utterances[-1]
-    return dialog.personality, [*reply.history, reply.candidates[-1]]
+    said = []
+    for reply in dialog.utterances[-1:]:  # there may be none
+        said = [*reply.history, reply.candidates[-1]]
+    return dialog.personality, said
