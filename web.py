@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route
 
 from cli import UserError, explain_errors, log
 from endpoint import asked_reply, completion, completion_events, error_answer, read_request
-from page import chat_page, look
+from page import Page, look
 from worker import Bot, Job, Unavailable, Worker
 
 MAX_BODY = 1_000_000  # bytes of a request
@@ -221,7 +221,7 @@ def serve(model, tokenizer, bot: Bot, web) -> None:
     routes = [Mount("/v1", endpoint(worker)), Route("/health", health)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for nobody else to read, and gone with the server
-        blocks = chat_page(worker).queue(max_size=None, default_concurrency_limit=None)
+        blocks = Page(worker).blocks.queue(max_size=None, default_concurrency_limit=None)
         with listening(web):
             _, url, shared = blocks.launch(
                 server_name=web.host,
