@@ -105,9 +105,11 @@ class Conversation:
         if len(history) % 2:  # the bot spoke first
             history = [None, *history]
         self.turns = []
-        for text, reply in zip(history[::2], history[1::2], strict=True):
+        texts, replies = history[::2], history[1::2]
+        for text, reply in zip(texts, replies, strict=True):
             said = [reply] if text is None else [text, reply]
-            self.turns.append(Turn(text, reply, self.tokenizer.encode(said)))
+            ids = self.tokenizer.encode(said)
+            self.turns.append(Turn(text, reply, ids))
 
     def recent(self, history: list[list[int]], room: int) -> list[list[int]]:
         """The utterances (token ids) that are shown: the last ones; of a whole history, those that `room` tokens hold.
@@ -130,7 +132,7 @@ class Conversation:
 
     def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
         """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
-        limit, ids = self.model.limit, self.model.ids
+        limit, speaker = self.model.limit, self.model.ids.speaker1
         history = [utterance for turn in self.turns for utterance in turn.ids]
         history.append(message)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
@@ -139,16 +141,17 @@ class Conversation:
         # answers.
         longest = min(self.decoding.max_length, limit // 2)
         begun = begun[-limit // 4 :]
-        room = len(begun) + longest  # for the reply
-        taken = sum(map(len, persona)) + room + 3  # <bos>, the reply's speaker, <eos>
-        history = self.recent(history, limit - taken)
-        persona, history, _ = truncate(persona, history, room, limit)
+        reply = len(begun) + longest
+        beside_history = sum(map(len, persona)) + reply + 3  # <bos>, the reply's speaker, <eos>
+        history = self.recent(history, limit - beside_history)
+        persona, history, _ = truncate(persona, history, reply, limit)
         shown = token_counts(persona, history, begun)
-        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if size > shown[name]}
-        tokens, types = build_prefix(persona, history, ids)
-        prefix = [*tokens, *begun], types + [ids.speaker1] * len(begun)
+        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if shown[name] < size}
+        tokens, types = build_prefix(persona, history, self.model.ids)
+        tokens += begun
+        types += [speaker] * len(begun)
         decoding = replace(self.decoding, max_length=longest)
-        return Generation(self.model, [prefix], decoding, [self.generator], self.prefix_cache)
+        return Generation(self.model, [(tokens, types)], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say `text`; yields the bot's reply piece by piece, and remembers the turn once it is whole.
