@@ -106,23 +106,19 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
             turns.append((role, text))
     if sum(map(len, systems)) > MAX_PERSONA:
         raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
+    # An empty one says that the bot is nobody.
     persona = split_sentences("\n".join(systems)) if systems else bot.persona
-    dialog = [(role, text) for role, text, _ in joined_turns(turns)]
+    dialog = [text for _, text, _ in joined_turns(turns)]
     begun = ""
-    if dialog and dialog[-1][0] == "assistant":
-        begun = check_message(dialog.pop()[1])
+    if turns and turns[-1][0] == "assistant":
+        begun = check_message(dialog.pop())
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
-    *history, message = [text for _, text in dialog[-utterances_shown(bot.max_history) :]]
-    return Ask(
-        persona,
-        [*history, check_message(message)],
-        asked_decoding(request, bot.decoding),
-        seed=None if request.seed == -1 else request.seed,
-        n=request.n,
-        begun=begun,
-        stop=asked_stops(request.stop),
-    )
+    *history, message = dialog[-utterances_shown(bot.max_history) :]
+    shown = [*history, check_message(message)]
+    decoding = asked_decoding(request, bot.decoding)
+    seed = None if request.seed == -1 else request.seed
+    return Ask(persona, shown, decoding, seed, request.n, begun, asked_stops(request.stop))
 
 
 def role_of(message: ChatMessage) -> str:
@@ -155,10 +151,10 @@ def asked_decoding(request: ChatRequest, decoding: Decoding) -> Decoding:
     """How a request wants replies to be drawn. Raises UserError."""
     # What both classes have is called the same in both.
     given = {name: value for name, value in vars(request).items() if value is not None}
-    changes = {name: given[name] for name in given if name in Decoding.options()}
+    changes = {name: given[name] for name in given.keys() & Decoding.options().keys()}
     for name in changes.keys() & {"temperature", "top_p"}:  # 0 is the likeliest token; the options have no such value
         changes[name] = max(changes[name], 1e-6)
-    if "temperature" in changes:
+    if "temperature" in changes:  # who gives one wants a reply that is drawn
         changes["no_sample"] = False
     limit = given.get("max_completion_tokens", request.max_tokens)
     if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
@@ -174,7 +170,8 @@ ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 def error_answer(status: int, message: str) -> dict:
-    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = ERROR_TYPES.get(status, kind)
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
@@ -197,13 +194,15 @@ async def completion(job: Job, model: str) -> dict:
 
 async def completion_events(job: Job, model: str, with_usage: bool) -> AsyncIterator[str]:
     """The answer piece by piece, as server-sent events. An error is one too, since the answer has begun."""
-    head = {**about(model), "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
+    head = {**about(model), "object": "chat.completion.chunk"}
+    if with_usage:  # as OpenAI has it, in every chunk but the last
+        head["usage"] = None
 
     def event(index: int, delta: dict, finish_reason: str | None = None) -> dict:
         return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": finish_reason}]}
 
     with job:  # whoever reads no more needs no reply
-        shown = [""] * job.ask.n
+        shown = [""] * job.ask.n  # of each choice, so far
         for i in range(job.ask.n):
             yield sse(event(i, {"role": "assistant", "content": ""}))
         try:

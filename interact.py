@@ -57,7 +57,7 @@ def parse_settings(defaults: dict[str, Any] | None = None) -> tuple[ChatSettings
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
     settings, decoding, web = (each.from_args(args) for each in classes)
-    if settings.web and importlib.util.find_spec("gradio") is None:
+    if settings.web and importlib.util.find_spec("gradio") is None:  # to import it would take seconds
         raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
     return settings, decoding, web
 
@@ -145,7 +145,7 @@ def completions(before: list[str], word: str) -> list[str]:
             choices = options
         case ["/set", name] if name in options:
             choices = ["on", "off"] if kind_of(options[name]) is bool else options[name].metadata["choices"]
-        case ["/save"] | ["/load"] | ["/persona", "set"]:
+        case ["/save"] | ["/load"] | ["/persona", "set"]:  # no space follows: a path may go on
             paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
             return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
     return [choice + " " for choice in choices if choice.startswith(word)]
@@ -177,7 +177,7 @@ class TerminalChat:
             except KeyboardInterrupt:
                 print()
                 notice("Ctrl-D or /bye ends the chat.")
-            except EOFError:
+            except EOFError:  # Ctrl-D, or /quit
                 return
 
     def command(self, name: str, rest: str = "") -> None:
@@ -195,7 +195,7 @@ class TerminalChat:
         n_turns = len(chat.turns)
         with interrupts() as stopped:
             self.pace = print_stream(chat.stream(text, stopped), waiting)
-        answered = len(chat.turns) > n_turns
+        answered = len(chat.turns) > n_turns  # also where Ctrl-C cut the reply short
         if not answered:
             notice("(stopped before the first word; the message is forgotten)")
         chat.warn_of_truncation()
@@ -207,7 +207,7 @@ class TerminalChat:
 
     def take_back(self) -> str:
         """Drop the last turn; what the user said in it."""
-        if not self.chat.turns or self.chat.turns[-1].text is None:
+        if not self.chat.turns or self.chat.turns[-1].text is None:  # the bot spoke first
             raise UserError("there is no message yet; type one")
         if self.transcript:
             self.transcript.take_back()
@@ -272,7 +272,7 @@ class TerminalChat:
         turn.reply, reply = numbered[number]
         turn.ids = [*turn.ids[:-1], reply.tokens]
         if self.transcript:
-            self.transcript.take_back()
+            self.transcript.take_back()  # its line holds the reply that was given first
             self.transcript.add(self.chat)
         show(turn.reply)
 
@@ -289,8 +289,9 @@ class TerminalChat:
     def do_stats(self, _: str) -> None:
         if self.pace:
             print(f"last reply: {self.pace}")
-        used = len(self.chat.generation([]).prefixes[0][0])
-        print(f"context: {used} of the model's {self.chat.model.limit} tokens, for the persona and what was said last")
+        ((tokens, _),) = self.chat.generation([]).prefixes  # of a message without words
+        used = f"{len(tokens)} of the model's {self.chat.model.limit} tokens"
+        print(f"context: {used}, for the persona and what was said last")
 
     def do_save(self, name: str) -> None:
         if not name:
@@ -308,7 +309,7 @@ class TerminalChat:
         self.chat.resume(dialog)
         self.begin_anew()
         self.show_persona()
-        for turn in self.chat.turns[-3:]:
+        for turn in self.chat.turns[-3:]:  # enough to go on from
             if turn.text is not None:
                 print(coloured("> ", GREEN), end="")
             show(turn.text or "")

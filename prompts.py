@@ -56,9 +56,8 @@ class ChatTemplate:
 
     def _end_of_reply(self) -> int:
         """The token that ends a reply: the first one after it where it is part of the history."""
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}]
         with explain_errors("--prompt chat: the chat template fails", "leave it out"):  # it is somebody's program
-            text = self._render(messages, to_be_answered=False)
+            text = self._render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}], False)
         end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))
         if not end:
             raise UserError("--prompt chat: the chat template does not end its replies; leave it out for this model")
@@ -78,14 +77,12 @@ class ChatTemplate:
 
     def prefix(self, persona: list[str], history: list[str]) -> list[int]:
         """The tokens before a reply."""
-        sentences = "\n".join(map(self._plain, persona))
-        system = self.instructions.replace(PERSONA, sentences)
+        system = self.instructions.replace(PERSONA, "\n".join(map(self._plain, persona)))
         texts = list(map(self._plain, history))
         try:
             text = self._render([{"role": "system", "content": system}, *history_messages(texts)])
         except Exception:  # some templates know no system message, and let the user begin
-            if len(texts) % 2 == 0:
-                texts = texts[1:]
+            texts = texts if len(texts) % 2 else texts[1:]
             first = "\n\n".join([system, *texts[:1]])
             text = self._render(history_messages([first, *texts[1:]]))
         return self._ids(text)
@@ -104,7 +101,6 @@ class ChatInstances(Instances):
         reply = min(reply, self.limit // 2)
         room = self.limit - reply - 1  # <eos>
         tokens = self.template.prefix(persona, history)
-        # One by one: what the template writes around a message is known only from its text.
         while len(tokens) > room and (len(history) > 1 or persona):
             if len(history) > 1:
                 history = history[1:]

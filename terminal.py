@@ -183,7 +183,7 @@ def print_stream(pieces: Iterator[str], waiting: str) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 MAX_HISTORY = 1000  # messages that are remembered
-MAX_HISTORY_SIZE = 2**20  # bytes of the file that are read; a longer one is rewritten
+MAX_HISTORY_SIZE = 2**20  # bytes of the file; a longer one is rewritten
 
 
 class History:
@@ -202,15 +202,12 @@ class History:
         """The last messages, oldest first. Lines that are damaged are left out."""
         messages = []
         with contextlib.suppress(OSError):
-            with open(self.path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - MAX_HISTORY_SIZE, 0))
-                lines = file.read().splitlines()[-MAX_HISTORY:]
-            for line in lines:
+            data = self.path.read_bytes()
+            for line in data.splitlines()[-MAX_HISTORY:]:
                 if line.startswith(b'"'):
                     with contextlib.suppress(ValueError):
                         messages.append(json.loads(line))
-            if size > MAX_HISTORY_SIZE:
+            if len(data) > MAX_HISTORY_SIZE:
                 os.truncate(self.path, 0)
                 self.append(*messages)
         return messages

@@ -116,12 +116,9 @@ def last_dialog(name: str) -> tuple[list[str], list[str]]:
     """Persona and utterances of the last dialog in a file of any format that the toolkit reads."""
     if not is_url(name) and not os.path.exists(typed_path(name)):
         raise UserError(f"no such file: {name}; expected one that /save wrote, or another dataset")
-    dialogs = chain.from_iterable(read_dataset(name).values())
-    last = deque(dialogs, maxlen=1)
+    last = deque(chain.from_iterable(read_dataset(name).values()), maxlen=1)
     if not last:
         raise UserError(f"{name} holds no dialog; choose another file")
     (dialog,) = last
-    said = []
-    for reply in dialog.utterances[-1:]:  # there may be none
-        said = [*reply.history, reply.candidates[-1]]
-    return dialog.personality, said
+    said = [(*reply.history, reply.candidates[-1]) for reply in dialog.utterances[-1:]]  # there may be none
+    return dialog.personality, list(chain.from_iterable(said))

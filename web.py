@@ -84,10 +84,8 @@ class Guard:
             raise HTTPException(404, "nothing can be uploaded")
         if request.method == "POST" and not (is_json(headers) or path == "/login"):
             raise HTTPException(415, "expected the content type application/json")
-        # The page asks its visitors itself: see `auth` in `serve`.
-        if not self.api_key or not path.startswith("/v1/"):
-            return
-        if not same(headers.get("authorization", ""), f"Bearer {self.api_key}"):
+        needs_key = self.api_key and path.startswith("/v1/")  # the page asks its visitors itself: `auth` in `serve`
+        if needs_key and not same(headers.get("authorization", ""), f"Bearer {self.api_key}"):
             raise HTTPException(401, "expected the server's API key", {"WWW-Authenticate": "Bearer"})
 
 

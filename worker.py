@@ -55,7 +55,7 @@ class Unavailable(Exception):
 
 @dataclass
 class Ask:
-    """What a reply is wanted to. Data only, so that the worker can see what may be computed together."""
+    """A request for replies to a dialog. Data only, so that the worker can see what may be computed together."""
 
     persona: list[str]
     dialog: list[str]  # utterances, oldest first; the last one is the other person's
@@ -84,15 +84,16 @@ class Progress:
 
 
 class Job:
-    """A reply that is waited for: an async iterator of its `Progress`. Leaving its context gives the reply up.
+    """An `Ask` that is waited for: an async iterator of its `Progress`. Leaving its context gives it up.
 
-    Two threads meet here: the worker's puts steps, the event loop's takes them.
+    Two threads meet here: the worker's puts steps, the event loop's takes them. So there are two flags: the last step
+    may be put long before it is taken.
     """
 
     def __init__(self, ask: Ask):
         self.ask = ask
         self.over = False  # nothing more is put: the last step was, or nobody waits for it
-        self.ended = False  # the last step was taken
+        self.ended = False  # the last step was taken, so none is to be waited for
         self.steps: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
