@@ -226,16 +226,15 @@ class TerminalChat:
         show(KEYS)
 
     def do_persona(self, rest: str) -> None:
-        action, _, value = rest.partition(" ")
-        value = value.strip()
-        if action == "add" and value:
-            self.chat.persona = [*self.chat.persona, check_message(value)]
-        elif action == "set" and value:
-            self.chat.persona = read_persona(value, "/persona set")
-        elif rest == "random":
-            self.chat.persona = random.choice(self.dialogs.personas)
-        elif rest:
-            raise UserError("expected /persona, /persona add TEXT, /persona set FILE or /persona random")
+        match rest.split(None, 1):
+            case ["add", text]:
+                self.chat.persona = [*self.chat.persona, check_message(text)]
+            case ["set", name]:
+                self.chat.persona = read_persona(name, "/persona set")
+            case ["random"]:
+                self.chat.persona = random.choice(self.dialogs.personas)
+            case [_, *_]:
+                raise UserError("expected /persona, /persona add TEXT, /persona set FILE or /persona random")
         self.show_persona()
 
     def do_reset(self, _: str) -> None:
@@ -335,10 +334,10 @@ def answer_lines(chat, transcript: Transcript | None) -> None:
 def main() -> None:
     settings, decoding, web_settings = parse_settings()
     device = check_device(settings.device)
-    if settings.web:  # whether nobody can listen there: before a model is loaded
-        from web import check_address
+    if settings.web:
+        import web  # here alone: the terminal needs no Gradio
 
-        check_address(web_settings)
+        web.check_address(web_settings)  # before a model is loaded
     seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
     random.seed(seed)
     dialogs = persona_source(settings.dataset_path)
@@ -367,11 +366,8 @@ def main() -> None:
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
     threading.Thread(target=tokenizer.encode, args=(persona,)).start()
     if settings.web:
-        from web import serve
-        from worker import Bot
-
-        bot = Bot(model_name(settings.model), persona, decoding, max_history, seed, dialogs)
-        serve(model, tokenizer, bot, web_settings)
+        bot = web.Bot(model_name(settings.model), persona, decoding, max_history, seed, dialogs)
+        web.serve(model, tokenizer, bot, web_settings)
         return
     chat = Conversation(model, tokenizer, persona, decoding, max_history, seed)
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not

@@ -182,35 +182,40 @@ class Page:
 
         Gradio looks only between two steps whether the page is still open, so there is one each second at least.
         """
-        *said, last = chat or [{}]
+        *messages, last = chat or [{}]
         if (last.get("metadata") or {}).get("status") != "pending":
             yield gr.skip()
             return
         yield {self.box: gr.update(submit_btn=False, stop_btn="Stop")}
         try:
-            with self.worker.submit(self.ask(said, persona, values)) as job:
+            with self.worker.submit(self.ask(messages, persona, values)) as job:
                 step = Progress([Choice("", None)])
                 while not job.ended:
                     with contextlib.suppress(TimeoutError):
-                        step = await asyncio.wait_for(job.newest(), 1)
-                    changes = {self.chat: [*said, self.bubble(step, job)]}
+                        step = await asyncio.wait_for(anext(job), 1)
+                    if not job.steps.empty():  # a newer one, which holds what this one does
+                        continue
+                    changes = {self.chat: [*messages, self.bubble(step, job)]}
                     if job.ended:
                         changes[self.note] = step.warning
                     yield changes
                     await asyncio.sleep(REFRESH)
         except (UserError, Unavailable) as error:
             gr.Warning(str(error), title="")
-            yield {self.chat: said}
+            yield {self.chat: messages}
 
     def ask(self, chat: list[dict], persona: str, values: tuple) -> Ask:
         """The reply wanted to the last message of a chat. values: of the OPTIONS. Raises UserError."""
-        said = ["".join(part["text"] for part in message["content"]).replace(JOINER, "") for message in chat]
+        texts = []
+        for message in chat:
+            text = "".join(part["text"] for part in message["content"])
+            texts.append(text.replace(JOINER, ""))
         sentences = [check_message(line) for line in persona.splitlines() if line.strip()]
         options = dict(zip(OPTIONS, values, strict=True))
         # There is no slider for it, and several replies cannot be drawn with it.
         greedy = self.bot.decoding.no_sample and options["n_replies"] == 1
         decoding = replace(self.bot.decoding, no_sample=greedy, **options)
-        return Ask(sentences, [*said[:-1], check_message(said[-1])], decoding)
+        return Ask(sentences, [*texts[:-1], check_message(texts[-1])], decoding)
 
     def bubble(self, step: Progress, job: Job) -> dict:
         """The reply as the chat shows it. One that waits tells its place."""

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -117,13 +118,6 @@ class Job:
         self.ended = bool(step.usage)
         return step
 
-    async def newest(self) -> Progress:
-        """The newest step, which holds what those before it did. Raises StopAsyncIteration after the end."""
-        step = await anext(self)
-        while not self.steps.empty():
-            step = await anext(self)
-        return step
-
     def __enter__(self) -> "Job":
         return self
 
@@ -168,11 +162,11 @@ class Writing:
     def tell_end(self, replies: list[Reply]) -> None:
         """Say the first `n` replies, which are whole. replies: all that were drawn, ranked where there are more."""
         decode = self.chat.tokenizer.decode
-        given = replies[: self.ask.n]
-        choices = [self.choice(reply, decode) for reply in given]
+        wanted = replies[: self.ask.n]
+        choices = [self.choice(reply, decode) for reply in wanted]
         candidates = distinct(replies, decode) if self.ranked else {}
         ((prompt, _),) = self.generation.prefixes
-        drawn = sum(len(reply.tokens) for reply in given)
+        drawn = sum(len(reply.tokens) for reply in wanted)
         usage = {"prompt_tokens": len(prompt), "completion_tokens": drawn, "total_tokens": len(prompt) + drawn}
         self.job.put(Progress(choices, usage, candidates, self.chat.truncation))
 
@@ -209,69 +203,69 @@ class Worker:
         self.seeds = itertools.count(bot.seed)  # of the replies whose `Ask` names none
         self.prefix_cache = PrefixCache(KEPT_PREFIXES)
         self.waiting: list[Job] = []
-        self.changed = threading.Condition()
         self.warned: set[str] = set()  # of what was truncated: see `Conversation`
-        self.closed = False
         self.seconds = 1.0  # that the last batch took
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        self.closed = False
+        self.lock = threading.Lock()  # of `waiting` and `closed`
+        self.thread = ThreadPoolExecutor(1)  # a batch uses all cores by itself
 
     def submit(self, ask: Ask) -> Job:
         """Put a reply at the queue's end. Raises Unavailable where no more may wait."""
         job = Job(ask)
-        with self.changed:
+        with self.lock:
             if self.closed:
                 raise Unavailable(*STOPPING)
             if len(self._still_waiting()) >= self.max_queue:
                 message = f"{self.max_queue} replies are waited for already; try again in a moment"
                 raise Unavailable(429, message, max(1, math.ceil(self.seconds)))
             self.waiting.append(job)
-            self.changed.notify()
+            self.thread.submit(self._work)
         return job
 
     def ahead(self, job: Job) -> int:
         """The number of replies that were asked for before this one and are not written yet; 0 once this one is."""
-        with self.changed:
+        with self.lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
 
     def close(self) -> None:
         """Give up all replies. Nothing is computed any more once this returns."""
-        with self.changed:
+        with self.lock:
             self.closed = True
-            self.changed.notify()
-        self.thread.join()
+        self.thread.shutdown()
 
     def _work(self) -> None:
-        while jobs := self._next_jobs():
-            start = time.monotonic()
-            try:
+        """Compute the reply that waits longest, and others with it. There is a call for each reply, so none is left."""
+        jobs = self._next_jobs()
+        if not jobs:  # it was computed with another one, or nobody waits for it any more
+            return
+        start = time.monotonic()
+        failure = Unavailable(*STOPPING)  # of those that do not end
+        try:
+            if not self.closed:
                 self._run(jobs)
-                failure = Unavailable(*STOPPING)
-            except Exception as error:  # a bug, or a full GPU: the worker goes on with the next jobs
-                log.exception("a reply failed")
-                failure = Unavailable(500, f"the reply failed: {first_line(error)}")
-            for job in jobs:
-                job.put(failure)  # to those that did not end
-            self.seconds = time.monotonic() - start
-            if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
-                time.sleep(min(0.05, self.seconds / 20))
-        for job in self.waiting:
-            job.put(Unavailable(*STOPPING))
+        except Exception as error:  # a bug, or a full GPU: the worker goes on with the next jobs
+            log.exception("a reply failed")
+            failure = Unavailable(500, f"the reply failed: {first_line(error)}")
+        for job in jobs:
+            job.put(failure)
+        self.seconds = time.monotonic() - start
+        if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
+            time.sleep(min(0.05, self.seconds / 20))
 
     def _next_jobs(self) -> list[Job]:
-        """Wait for the next job; it, and those that can be computed with it. Empty once the worker is closed."""
-        with self.changed:
-            self.changed.wait_for(lambda: self._still_waiting() or self.closed)
-            if self.closed:
+        """Take the reply that waits longest from the queue, and those that can be computed with it."""
+        with self.lock:
+            waiting = self._still_waiting()
+            if not waiting:
                 return []
-            decoding = self.waiting[0].ask.decoding
+            decoding = waiting[0].ask.decoding
             longest = min(decoding.max_length, self.model.limit)
             rows = min(MAX_ROWS, MAX_DRAWN // longest)
             rows_of_job = max(decoding.n_replies, decoding.num_beams)
-            alike = [job for job in self.waiting if job.ask.decoding == decoding]
+            alike = [job for job in waiting if job.ask.decoding == decoding]
             jobs = alike[: max(1, rows // rows_of_job)]
-            self.waiting = [job for job in self.waiting if job not in jobs]
+            self.waiting = [job for job in waiting if job not in jobs]
             return jobs
 
     def _still_waiting(self) -> list[Job]:
