@@ -107,8 +107,8 @@ class Conversation:
         self.turns = []
         texts, replies = history[::2], history[1::2]
         for text, reply in zip(texts, replies, strict=True):
-            said = [reply] if text is None else [text, reply]
-            ids = self.tokenizer.encode(said)
+            utterances = [reply] if text is None else [text, reply]
+            ids = self.tokenizer.encode(utterances)
             self.turns.append(Turn(text, reply, ids))
 
     def recent(self, history: list[list[int]], room: int) -> list[list[int]]:
@@ -119,14 +119,14 @@ class Conversation:
         """
         if self.n_history < utterances_shown(-1):
             return history[-self.n_history :]
-        too_many = sum(len(utterance) + 1 for utterance in history) - room  # each utterance stands after its speaker
+        too_many = sum(len(utterance) + 1 for utterance in history) - room
         quarter = self.model.limit // 4
         to_forget = math.ceil(too_many / quarter) * quarter
         self.forgotten = 0
         for utterance in history[:-1]:  # the message, which is the last, stays
             if to_forget <= 0:
                 break
-            to_forget -= len(utterance) + 1
+            to_forget -= len(utterance) + 1  # its speaker's token too
             self.forgotten += 1
         return history[self.forgotten :]
 
@@ -168,7 +168,7 @@ class Conversation:
             start = self.tokenizer.decode_start(replies[0].tokens) if len(replies) == 1 else ""
             yield start[len(shown) :]
             shown = start
-            if stopped():
+            if stopped():  # what is drawn so far is the reply
                 break
         (ranked,) = generation.finish()
         candidates = list(distinct(ranked, self.tokenizer.decode).items())
@@ -176,7 +176,7 @@ class Conversation:
         if reply or not stopped():
             # The reply's own tokens, not its text's: the prefix cache holds those, and encoding may give others.
             self.turns.append(Turn(text, reply, [message, best.tokens], candidates))
-        yield reply[len(shown) :]
+        yield reply[len(shown) :]  # all of the best of several; of one, what `decode_start` held back
 
     def reply(self, text: str) -> str:
         """Say `text`; the bot's reply."""

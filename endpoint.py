@@ -106,7 +106,6 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
             turns.append((role, text))
     if sum(map(len, systems)) > MAX_PERSONA:
         raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
-    # An empty one says that the bot is nobody.
     persona = split_sentences("\n".join(systems)) if systems else bot.persona
     dialog = [text for _, text, _ in joined_turns(turns)]
     begun = ""
@@ -115,10 +114,10 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
     *history, message = dialog[-utterances_shown(bot.max_history) :]
-    shown = [*history, check_message(message)]
+    dialog = [*history, check_message(message)]
     decoding = asked_decoding(request, bot.decoding)
     seed = None if request.seed == -1 else request.seed
-    return Ask(persona, shown, decoding, seed, request.n, begun, asked_stops(request.stop))
+    return Ask(persona, dialog, decoding, seed, request.n, begun, asked_stops(request.stop))
 
 
 def role_of(message: ChatMessage) -> str:
@@ -142,21 +141,20 @@ def text_of(message: ChatMessage) -> str:
 def asked_stops(stop: str | list[str]) -> tuple[str, ...]:
     """The stop sequences of a request. Raises UserError."""
     stops = [stop] if isinstance(stop, str) else stop
-    if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_MESSAGE:
+    if len(stops) > MAX_STOPS or any(len(each) > MAX_MESSAGE for each in stops):
         raise UserError(f"stop: expected at most {MAX_STOPS} texts of at most {MAX_MESSAGE} characters")
     return tuple(filter(None, stops))
 
 
 def asked_decoding(request: ChatRequest, decoding: Decoding) -> Decoding:
     """How a request wants replies to be drawn. Raises UserError."""
-    # What both classes have is called the same in both.
-    given = {name: value for name, value in vars(request).items() if value is not None}
-    changes = {name: given[name] for name in given.keys() & Decoding.options().keys()}
+    asked = {name: getattr(request, name, None) for name in Decoding.options()}  # called the same in both
+    changes = {name: value for name, value in asked.items() if value is not None}
     for name in changes.keys() & {"temperature", "top_p"}:  # 0 is the likeliest token; the options have no such value
         changes[name] = max(changes[name], 1e-6)
     if "temperature" in changes:  # who gives one wants a reply that is drawn
         changes["no_sample"] = False
-    limit = given.get("max_completion_tokens", request.max_tokens)
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
         changes["max_length"] = limit if 0 < limit < LARGEST else LARGEST
     return replace(decoding, n_replies=max(request.n, decoding.n_replies), **changes)
@@ -202,13 +200,13 @@ async def completion_events(job: Job, model: str, with_usage: bool) -> AsyncIter
         return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": finish_reason}]}
 
     with job:  # whoever reads no more needs no reply
-        shown = [""] * job.ask.n  # of each choice, so far
+        sent = [""] * job.ask.n  # of each choice, so far
         for i in range(job.ask.n):
             yield sse(event(i, {"role": "assistant", "content": ""}))
         try:
             async for step in job:
                 for i, (text, finish_reason) in enumerate(step.choices):
-                    piece, shown[i] = text.removeprefix(shown[i]), text
+                    piece, sent[i] = text.removeprefix(sent[i]), text
                     if piece or finish_reason:
                         delta = {"content": piece} if piece else {}
                         yield sse(event(i, delta, finish_reason) | warning(step))

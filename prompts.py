@@ -48,7 +48,7 @@ class ChatTemplate:
             tokenize=False,
             add_generation_prompt=to_be_answered,
             enable_thinking=False,  # of those that know the word, such as Qwen3's
-            **self.tokenizer.own_special,
+            **self.tokenizer.own_special,  # templates write bos_token and its like by name
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -58,7 +58,7 @@ class ChatTemplate:
         """The token that ends a reply: the first one after it where it is part of the history."""
         with explain_errors("--prompt chat: the chat template fails", "leave it out"):  # it is somebody's program
             text = self._render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}], False)
-        end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))
+        end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))  # some templates put a space before it
         if not end:
             raise UserError("--prompt chat: the chat template does not end its replies; leave it out for this model")
         return end[0]
@@ -71,7 +71,7 @@ class ChatTemplate:
     def _plain(self, text: str) -> str:
         """Text in which no special token can be read: a mark without width parts its first two signs."""
         for token in self.tokenizer.hf.get_added_vocab():
-            if len(token) > 1:
+            if len(token) > 1:  # one sign cannot be parted
                 text = text.replace(token, f"{token[0]}\u2060{token[1:]}")
         return text
 
@@ -98,7 +98,7 @@ class ChatInstances(Instances):
         """As of any instance. What does not fit goes in the same order: old messages, then the persona's end."""
         persona = self.split.persona_texts(index)
         history = self.split.history_texts(index)[-self.n_history :]
-        reply = min(reply, self.limit // 2)
+        reply = min(reply, self.limit // 2)  # the rest is for what it answers
         room = self.limit - reply - 1  # <eos>
         tokens = self.template.prefix(persona, history)
         while len(tokens) > room and (len(history) > 1 or persona):
@@ -107,7 +107,7 @@ class ChatInstances(Instances):
             else:
                 persona = persona[:-1]
             tokens = self.template.prefix(persona, history)
-        tokens = tokens[-room:]
+        tokens = tokens[-room:]  # of a message that is too long by itself, the end
         return (tokens, [self.ids.speaker1] * len(tokens)), reply
 
     def lengths(self) -> np.ndarray:
