@@ -192,9 +192,7 @@ class Page:
                 step = Progress([Choice("", None)])
                 while not job.ended:
                     with contextlib.suppress(TimeoutError):
-                        step = await asyncio.wait_for(anext(job), 1)
-                    if not job.steps.empty():  # a newer one, which holds what this one does
-                        continue
+                        step = await asyncio.wait_for(job.newest(), 1)
                     changes = {self.chat: [*messages, self.bubble(step, job)]}
                     if job.ended:
                         changes[self.note] = step.warning

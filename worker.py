@@ -118,6 +118,14 @@ class Job:
         self.ended = bool(step.usage)
         return step
 
+    async def newest(self) -> Progress:
+        """The newest step, which holds what those before it did. Raises StopAsyncIteration after the end."""
+        step = await anext(self)
+        # What is there is taken at once: were others let run between two steps, a fast model would put the next one.
+        while not self.steps.empty():
+            step = await anext(self)
+        return step
+
     def __enter__(self) -> "Job":
         return self
 
