@@ -1,5 +1,6 @@
 """A conversation: a persona and its turns, text in, the bot's reply as text out."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -79,11 +80,6 @@ class Conversation:
         parts = [f"{left_out} of the {size} tokens of {name}" for name, (left_out, size) in self.truncated.items()]
         return f"the model takes {self.model.limit} tokens at once; left out: {', '.join(parts)}"
 
-    @property
-    def history(self) -> list[str]:
-        """All utterances, oldest first."""
-        return [message["content"] for message in self.record()["messages"]]
-
     def warn_of_truncation(self) -> None:
         """Log what of the last prefix did not fit, once of each of its parts."""
         if not self.warned.issuperset(self.truncated):
@@ -91,7 +87,7 @@ class Conversation:
             self.warned.update(self.truncated)
 
     def record(self) -> dict:
-        """Persona and messages, as a dialog to train on (`dialogs.Record`)."""
+        """Persona and messages, as a dialog to train on."""
         messages = []
         for turn in self.turns:
             if turn.text is not None:
@@ -99,39 +95,44 @@ class Conversation:
             messages.append({"role": "assistant", "content": turn.reply})
         return {"personality": self.persona, "messages": messages}
 
+    @property
+    def history(self) -> list[str]:
+        """All utterances, oldest first."""
+        return [message["content"] for message in self.record()["messages"]]
+
     def resume(self, history: list[str]) -> None:
         """Put an earlier conversation, whose last utterance is the bot's, in the place of this one."""
         if len(history) % 2:  # the bot spoke first
             history = [None, *history]
         self.turns = []
-        for text, reply in zip(history[::2], history[1::2], strict=True):
-            said = [reply] if text is None else [text, reply]
-            self.turns.append(Turn(text, reply, self.tokenizer.encode(said)))
+        texts, replies = history[::2], history[1::2]
+        for text, reply in zip(texts, replies, strict=True):
+            utterances = [reply] if text is None else [text, reply]
+            ids = self.tokenizer.encode(utterances)
+            self.turns.append(Turn(text, reply, ids))
 
     def recent(self, history: list[list[int]], room: int) -> list[list[int]]:
-        """The utterances (token ids) that are shown, in `room` tokens where all are to be.
+        """The utterances (token ids) that are shown: the last ones; of a whole history, those that `room` tokens hold.
 
-        The oldest then go a quarter of the context at once. What is left stays the beginning of many prefixes, so that
-        its keys and values are computed again only seldom.
+        A history that is too long is forgotten by quarters of the context. To forget no more than is needed would move
+        the beginning of the prefix at each turn, and all keys and values would be computed again.
         """
         if self.n_history < utterances_shown(-1):
             return history[-self.n_history :]
-        if self.forgotten >= len(history):  # turns were taken back
-            self.forgotten = 0
-        size = sum(len(utterance) + 1 for utterance in history[self.forgotten :])  # each after its speaker
-        if size > room:
-            room -= self.model.limit // 4
-            *earlier, _ = history  # the message, which is the last, stays
-            for utterance in earlier[self.forgotten :]:
-                if size <= room:
-                    break
-                size -= len(utterance) + 1
-                self.forgotten += 1
+        too_many = sum(len(utterance) + 1 for utterance in history) - room
+        quarter = self.model.limit // 4
+        to_forget = math.ceil(too_many / quarter) * quarter
+        self.forgotten = 0
+        for utterance in history[:-1]:  # the message, which is the last, stays
+            if to_forget <= 0:
+                break
+            to_forget -= len(utterance) + 1  # its speaker's token too
+            self.forgotten += 1
         return history[self.forgotten :]
 
     def generation(self, message: list[int], begun: list[int] = ()) -> Generation:
         """The replies to a message, not drawn yet. begun: how they begin, which is not drawn. Both are token ids."""
-        limit, ids = self.model.limit, self.model.ids
+        limit, speaker = self.model.limit, self.model.ids.speaker1
         history = [utterance for turn in self.turns for utterance in turn.ids]
         history.append(message)
         persona = self.tokenizer.encode_persona(self.persona)  # each time: it may have changed, and takes no time
@@ -140,17 +141,16 @@ class Conversation:
         # answers.
         longest = min(self.decoding.max_length, limit // 2)
         begun = begun[-limit // 4 :]
-        room = len(begun) + longest  # for the reply
-        taken = sum(map(len, persona)) + room + 3  # <bos>, the reply's speaker, <eos>
-        history = self.recent(history, limit - taken)
-        persona, history, room = truncate(persona, history, room, limit)
+        reply = len(begun) + longest
+        beside_history = sum(map(len, persona)) + reply + 3  # <bos>, the reply's speaker, <eos>
+        history = self.recent(history, limit - beside_history)
+        persona, history, _ = truncate(persona, history, reply, limit)
         shown = token_counts(persona, history, begun)
-        left_out = {name: size - shown[name] for name, size in whole.items()}
-        self.truncated = {name: (count, whole[name]) for name, count in left_out.items() if count > 0}
-        tokens, types = build_prefix(persona, history, ids)
+        self.truncated = {name: (size - shown[name], size) for name, size in whole.items() if shown[name] < size}
+        tokens, types = build_prefix(persona, history, self.model.ids)
         tokens += begun
-        types += [ids.speaker1] * len(begun)
-        decoding = replace(self.decoding, max_length=max(room - len(begun), 1))
+        types += [speaker] * len(begun)
+        decoding = replace(self.decoding, max_length=longest)
         return Generation(self.model, [(tokens, types)], decoding, [self.generator], self.prefix_cache)
 
     def stream(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -168,7 +168,7 @@ class Conversation:
             start = self.tokenizer.decode_start(replies[0].tokens) if len(replies) == 1 else ""
             yield start[len(shown) :]
             shown = start
-            if stopped():
+            if stopped():  # what is drawn so far is the reply
                 break
         (ranked,) = generation.finish()
         candidates = list(distinct(ranked, self.tokenizer.decode).items())
@@ -176,7 +176,7 @@ class Conversation:
         if reply or not stopped():
             # The reply's own tokens, not its text's: the prefix cache holds those, and encoding may give others.
             self.turns.append(Turn(text, reply, [message, best.tokens], candidates))
-        yield reply[len(shown) :]
+        yield reply[len(shown) :]  # all of the best of several; of one, what `decode_start` held back
 
     def reply(self, text: str) -> str:
         """Say `text`; the bot's reply."""

@@ -1,7 +1,7 @@
 """OpenAI's chat completions: requests in, answers out. The worker computes the replies; HTTP is web.py's."""
 
 import json
-import random
+import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -97,26 +97,27 @@ def asked_reply(request: ChatRequest, bot: Bot) -> Ask:
     As in other local servers (llama.cpp's, ollama) a last message of the assistant is the beginning of the reply,
     and only its continuation is answered. Messages without text, and those of tools, are left out.
     """
-    told = [(role_of(message), text_of(message)) for message in request.messages]
-    systems = [text for role, text in told if role == "system"]
+    systems, turns = [], []
+    for message in request.messages:
+        role, text = role_of(message), text_of(message)
+        if role == "system":
+            systems.append(text)
+        elif role in SIDES and text.strip():
+            turns.append((role, text))
     if sum(map(len, systems)) > MAX_PERSONA:
         raise UserError(f"messages: expected at most {MAX_PERSONA} characters of the role system, so shorten them")
     persona = split_sentences("\n".join(systems)) if systems else bot.persona
-    turns = [(role, text) for role, text in told if role in SIDES and text.strip()]
-    dialog = [(role, text) for role, text, _ in joined_turns(turns)]
-    begun = check_message(dialog.pop()[1]) if dialog and dialog[-1][0] == "assistant" else ""
+    dialog = [text for _, text, _ in joined_turns(turns)]
+    begun = ""
+    if turns and turns[-1][0] == "assistant":
+        begun = check_message(dialog.pop())
     if not dialog:
         raise UserError("messages: expected one of the user that is not empty")
-    *history, message = [text for _, text in dialog[-utterances_shown(bot.max_history) :]]
-    return Ask(
-        persona,
-        [*history, check_message(message)],
-        asked_decoding(request, bot.decoding),
-        seed=None if request.seed == -1 else request.seed,
-        n=request.n,
-        begun=begun,
-        stop=asked_stops(request.stop),
-    )
+    *history, message = dialog[-utterances_shown(bot.max_history) :]
+    dialog = [*history, check_message(message)]
+    decoding = asked_decoding(request, bot.decoding)
+    seed = None if request.seed == -1 else request.seed
+    return Ask(persona, dialog, decoding, seed, request.n, begun, asked_stops(request.stop))
 
 
 def role_of(message: ChatMessage) -> str:
@@ -140,22 +141,22 @@ def text_of(message: ChatMessage) -> str:
 def asked_stops(stop: str | list[str]) -> tuple[str, ...]:
     """The stop sequences of a request. Raises UserError."""
     stops = [stop] if isinstance(stop, str) else stop
-    if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_MESSAGE:
+    if len(stops) > MAX_STOPS or any(len(each) > MAX_MESSAGE for each in stops):
         raise UserError(f"stop: expected at most {MAX_STOPS} texts of at most {MAX_MESSAGE} characters")
     return tuple(filter(None, stops))
 
 
 def asked_decoding(request: ChatRequest, decoding: Decoding) -> Decoding:
     """How a request wants replies to be drawn. Raises UserError."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    changes = {name: value for name in names if (value := getattr(request, name)) is not None}
+    asked = {name: getattr(request, name, None) for name in Decoding.options()}  # called the same in both
+    changes = {name: value for name, value in asked.items() if value is not None}
     for name in changes.keys() & {"temperature", "top_p"}:  # 0 is the likeliest token; the options have no such value
         changes[name] = max(changes[name], 1e-6)
-    if "temperature" in changes:
+    if "temperature" in changes:  # who gives one wants a reply that is drawn
         changes["no_sample"] = False
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     if limit is not None:  # 0 or less is as long as the model can, as in llama-cpp-python and ollama
-        changes["max_length"] = min(limit, LARGEST) if limit > 0 else LARGEST
+        changes["max_length"] = limit if 0 < limit < LARGEST else LARGEST
     return replace(decoding, n_replies=max(request.n, decoding.n_replies), **changes)
 
 
@@ -167,14 +168,14 @@ ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 def error_answer(status: int, message: str) -> dict:
-    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = ERROR_TYPES.get(status, kind)
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def about(model: str) -> dict:
     """What every part of one answer says of itself."""
-    name = f"chatcmpl-{random.SystemRandom().getrandbits(64):016x}"
-    return {"id": name, "created": int(time.time()), "model": model}
+    return {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time()), "model": model}
 
 
 async def completion(job: Job, model: str) -> dict:
@@ -182,33 +183,30 @@ async def completion(job: Job, model: str) -> dict:
     with job:
         async for step in job:
             end = step
-    choices = [
-        {
-            "index": i,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": finish_reason,
-        }
-        for i, (text, finish_reason) in enumerate(end.choices)
-    ]
+    choices = []
+    for i, (text, finish_reason) in enumerate(end.choices):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": finish_reason})
     return {**about(model), "object": "chat.completion", "choices": choices, "usage": end.usage} | warning(end)
 
 
 async def completion_events(job: Job, model: str, with_usage: bool) -> AsyncIterator[str]:
     """The answer piece by piece, as server-sent events. An error is one too, since the answer has begun."""
-    head = {**about(model), "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
+    head = {**about(model), "object": "chat.completion.chunk"}
+    if with_usage:  # as OpenAI has it, in every chunk but the last
+        head["usage"] = None
 
     def event(index: int, delta: dict, finish_reason: str | None = None) -> dict:
         return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": finish_reason}]}
 
     with job:  # whoever reads no more needs no reply
-        shown = [""] * job.ask.n
+        sent = [""] * job.ask.n  # of each choice, so far
         for i in range(job.ask.n):
             yield sse(event(i, {"role": "assistant", "content": ""}))
         try:
             async for step in job:
                 for i, (text, finish_reason) in enumerate(step.choices):
-                    piece, shown[i] = text.removeprefix(shown[i]), text
+                    piece, sent[i] = text.removeprefix(sent[i]), text
                     if piece or finish_reason:
                         delta = {"content": piece} if piece else {}
                         yield sse(event(i, delta, finish_reason) | warning(step))

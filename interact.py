@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,7 @@ from files import cached_path, is_url
 from model_files import decoding_defaults, find_finetuned_model
 from options import CommonSettings, Decoding, Parser, Settings, kind_of, option
 from personas import read_persona
-from terminal import (
-    GREEN,
-    Pace,
-    Prompt,
-    box,
-    coloured,
-    hanging,
-    interrupts,
-    notice,
-    piped_lines,
-    print_stream,
-    wrapped,
-)
+from terminal import GREEN, Prompt, box, coloured, hanging, interrupts, notice, piped_lines, print_stream, show
 from transcript import SavedChat, Transcript, last_dialog
 from utils import load_tokenizer
 
@@ -69,7 +57,7 @@ def parse_settings(defaults: dict[str, Any] | None = None) -> tuple[ChatSettings
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
     settings, decoding, web = (each.from_args(args) for each in classes)
-    if settings.web and importlib.util.find_spec("gradio") is None:
+    if settings.web and importlib.util.find_spec("gradio") is None:  # to import it would take seconds
         raise UserError("--web needs packages that are not installed: pip install -r requirements-web.txt")
     return settings, decoding, web
 
@@ -157,7 +145,7 @@ def completions(before: list[str], word: str) -> list[str]:
             choices = options
         case ["/set", name] if name in options:
             choices = ["on", "off"] if kind_of(options[name]) is bool else options[name].metadata["choices"]
-        case ["/save"] | ["/load"] | ["/persona", "set"]:
+        case ["/save"] | ["/load"] | ["/persona", "set"]:  # no space follows: a path may go on
             paths = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
             return sorted(path + os.sep if os.path.isdir(path) else path for path in paths)
     return [choice + " " for choice in choices if choice.startswith(word)]
@@ -169,7 +157,7 @@ class TerminalChat:
     def __init__(self, chat, transcript: Transcript | None, dialogs: Dialogs):
         self.chat, self.transcript, self.dialogs = chat, transcript, dialogs
         self.saved: dict[str, SavedChat] = {}  # files that hold this chat
-        self.pace: Pace | None = None  # of the last reply
+        self.pace = ""  # of the last reply, in words
 
     def run(self) -> None:
         self.show_persona()
@@ -189,7 +177,7 @@ class TerminalChat:
             except KeyboardInterrupt:
                 print()
                 notice("Ctrl-D or /bye ends the chat.")
-            except EOFError:
+            except EOFError:  # Ctrl-D, or /quit
                 return
 
     def command(self, name: str, rest: str = "") -> None:
@@ -200,23 +188,26 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it is made."""
-        n_turns = len(self.chat.turns)
-        n, longest = self.chat.decoding.n_replies, self.chat.decoding.max_length
-        several = f"... {n} replies, of which the best is given: {{}} of at most {longest} tokens"
+        chat, waiting = self.chat, "..."
+        n, longest = chat.decoding.n_replies, chat.decoding.max_length
+        if n > 1:
+            waiting = f"... {n} replies, of which the best is given: {{}} of at most {longest} tokens"
+        n_turns = len(chat.turns)
         with interrupts() as stopped:
-            self.pace = print_stream(self.chat.stream(text, stopped), several if n > 1 else "...")
-        if len(self.chat.turns) == n_turns:
+            self.pace = print_stream(chat.stream(text, stopped), waiting)
+        answered = len(chat.turns) > n_turns  # also where Ctrl-C cut the reply short
+        if not answered:
             notice("(stopped before the first word; the message is forgotten)")
-        self.chat.warn_of_truncation()
-        if self.transcript and len(self.chat.turns) > n_turns:
-            self.transcript.add(self.chat)
+        chat.warn_of_truncation()
+        if answered and self.transcript:
+            self.transcript.add(chat)
 
     def show_persona(self) -> None:
         print(box("Persona", self.chat.persona or ["(none)"]))
 
     def take_back(self) -> str:
         """Drop the last turn; what the user said in it."""
-        if not self.chat.turns or self.chat.turns[-1].text is None:
+        if not self.chat.turns or self.chat.turns[-1].text is None:  # the bot spoke first
             raise UserError("there is no message yet; type one")
         if self.transcript:
             self.transcript.take_back()
@@ -232,19 +223,18 @@ class TerminalChat:
         for usage, what in COMMANDS.items():
             others = " or ".join(other for other, name in SYNONYMS.items() if name == usage)
             print(hanging(f"{usage:18} ", what + (f"; also {others}" if others else "")))
-        print(*wrapped(KEYS), sep="\n")
+        show(KEYS)
 
     def do_persona(self, rest: str) -> None:
-        action, _, value = rest.partition(" ")
-        value = value.strip()
-        if action == "add" and value:
-            self.chat.persona = [*self.chat.persona, check_message(value)]
-        elif action == "set" and value:
-            self.chat.persona = read_persona(value, "/persona set")
-        elif rest == "random":
-            self.chat.persona = random.choice(self.dialogs.personas)
-        elif rest:
-            raise UserError("expected /persona, /persona add TEXT, /persona set FILE or /persona random")
+        match rest.split(None, 1):
+            case ["add", text]:
+                self.chat.persona = [*self.chat.persona, check_message(text)]
+            case ["set", name]:
+                self.chat.persona = read_persona(name, "/persona set")
+            case ["random"]:
+                self.chat.persona = random.choice(self.dialogs.personas)
+            case [_, *_]:
+                raise UserError("expected /persona, /persona add TEXT, /persona set FILE or /persona random")
         self.show_persona()
 
     def do_reset(self, _: str) -> None:
@@ -281,33 +271,34 @@ class TerminalChat:
         turn.reply, reply = numbered[number]
         turn.ids = [*turn.ids[:-1], reply.tokens]
         if self.transcript:
-            self.transcript.take_back()
+            self.transcript.take_back()  # its line holds the reply that was given first
             self.transcript.add(self.chat)
-        print(*wrapped(turn.reply), sep="\n")
+        show(turn.reply)
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
         if name and (value or name not in Decoding.options()):
             self.chat.decoding = self.chat.decoding.changed(name, value.strip())
-        options = asdict(self.chat.decoding)
-        for shown in [name] if name else options:
-            value = options[shown]
-            print(f"{shown} {('off', 'on')[value] if isinstance(value, bool) else value}")
+        for known, value in asdict(self.chat.decoding).items():
+            if name in ("", known):
+                if isinstance(value, bool):
+                    value = "on" if value else "off"
+                print(known, value)
 
     def do_stats(self, _: str) -> None:
         if self.pace:
             print(f"last reply: {self.pace}")
-        used = len(self.chat.generation([]).prefixes[0][0])
-        print(f"context: {used} of the model's {self.chat.model.limit} tokens, for the persona and what was said last")
+        ((tokens, _),) = self.chat.generation([]).prefixes  # of a message without words
+        used = f"{len(tokens)} of the model's {self.chat.model.limit} tokens"
+        print(f"context: {used}, for the persona and what was said last")
 
     def do_save(self, name: str) -> None:
         if not name:
             raise UserError("expected /save FILE")
         if not self.chat.turns:
             raise UserError("there is nothing to save yet; type a message")
-        file = self.saved.get(name) or SavedChat(name)
+        file = self.saved.setdefault(name, SavedChat(name))
         file.write(self.chat.record())
-        self.saved[name] = file
         notice(f"Saved {len(self.chat.history)} utterances in {name}")
 
     def do_load(self, name: str) -> None:
@@ -317,9 +308,11 @@ class TerminalChat:
         self.chat.resume(dialog)
         self.begin_anew()
         self.show_persona()
-        for turn in self.chat.turns[-3:]:
-            print("" if turn.text is None else coloured("> ", GREEN) + "\n".join(wrapped(printable(turn.text))))
-            print(*wrapped(printable(turn.reply)), sep="\n")
+        for turn in self.chat.turns[-3:]:  # enough to go on from
+            if turn.text is not None:
+                print(coloured("> ", GREEN), end="")
+            show(turn.text or "")
+            show(turn.reply)
 
     def do_quit(self, _: str) -> None:
         raise EOFError
@@ -341,10 +334,10 @@ def answer_lines(chat, transcript: Transcript | None) -> None:
 def main() -> None:
     settings, decoding, web_settings = parse_settings()
     device = check_device(settings.device)
-    if settings.web:  # whether nobody can listen there: before a model is loaded
-        from web import check_address
+    if settings.web:
+        import web  # here alone: the terminal needs no Gradio
 
-        check_address(web_settings)
+        web.check_address(web_settings)  # before a model is loaded
     seed = settings.seed or random.SystemRandom().randrange(1, 2**31)
     random.seed(seed)
     dialogs = persona_source(settings.dataset_path)
@@ -355,7 +348,7 @@ def main() -> None:
     if sys.stdin.isatty():
         log.info(f"loading {settings.model} ...")
     tokenizer = load_tokenizer(files, settings.pre_tokenizer)
-    settings = replace(settings, max_history=tokenizer.choose_max_history(settings.max_history))
+    max_history = tokenizer.choose_max_history(settings.max_history)
     if tokenizer.fine_tuned:  # a base model's are for other texts
         decoding = parse_settings(decoding_defaults(files))[1]
 
@@ -373,13 +366,10 @@ def main() -> None:
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
     threading.Thread(target=tokenizer.encode, args=(persona,)).start()
     if settings.web:
-        from web import serve
-        from worker import Bot
-
-        bot = Bot(model_name(settings.model), persona, decoding, settings.max_history, seed, dialogs)
-        serve(model, tokenizer, bot, web_settings)
+        bot = web.Bot(model_name(settings.model), persona, decoding, max_history, seed, dialogs)
+        web.serve(model, tokenizer, bot, web_settings)
         return
-    chat = Conversation(model, tokenizer, persona, decoding, settings.max_history, seed)
+    chat = Conversation(model, tokenizer, persona, decoding, max_history, seed)
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding has not
     try:
         if sys.stdin.isatty():

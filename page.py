@@ -4,13 +4,15 @@ It keeps nothing on the server: a chat is what the browser shows, and comes with
 """
 
 import asyncio
+import contextlib
 import html
 import os
 import random
 import re
 import zlib
-from collections.abc import AsyncIterator
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nothing is told to anyone
@@ -21,7 +23,7 @@ from cli import UserError
 from dialogs import check_message
 from generation import Reply
 from options import Decoding
-from worker import Ask, Bot, Job, Progress, Unavailable, Worker
+from worker import Ask, Bot, Choice, Job, Progress, Unavailable, Worker
 
 # ------------------------------------------------------------------------------------------------------------
 # What the page asks the server; what it does without it is in page.js
@@ -40,79 +42,6 @@ def shown(text: str) -> str:
     return re.sub(r"(?<=<)(?=[a-zA-Z/!?])|(?<=&)(?=#|[a-zA-Z]{2})", JOINER, text)
 
 
-class Page:
-    """What the page asks for. It keeps nothing, so that sessions cannot meet."""
-
-    def __init__(self, worker: Worker):
-        self.worker, self.bot = worker, worker.bot
-
-    def ask(self, chat: list[dict], persona: str, values: tuple) -> Ask:
-        """The reply wanted to the last message of a chat. values: of the OPTIONS. Raises UserError."""
-        said = ["".join(part["text"] for part in message["content"]).replace(JOINER, "") for message in chat]
-        sentences = [check_message(line) for line in persona.splitlines() if line.strip()]
-        options = dict(zip(OPTIONS, values, strict=True))
-        greedy = self.bot.decoding.no_sample and options["n_replies"] == 1
-        decoding = replace(self.bot.decoding, no_sample=greedy, **options)
-        return Ask(sentences, [*said[:-1], check_message(said[-1])], decoding)
-
-    async def answer(self, chat: list[dict], persona: str, *values) -> AsyncIterator[tuple]:
-        """Yields the chat, with the awaited reply as it grows, the message box's buttons and the note below it."""
-        *chat, last = chat or [{}]
-        if (last.get("metadata") or {}).get("status") != "pending":
-            yield gr.skip(), gr.skip(), gr.skip()
-            return
-        yield [*chat, AWAITED], gr.update(submit_btn=False, stop_btn="Stop"), gr.skip()
-        try:
-            with self.worker.submit(self.ask(chat, persona, values)) as job:
-                async for reply, note in self.growing(job):
-                    yield [*chat, reply], gr.skip(), note
-        except (UserError, Unavailable) as error:
-            gr.Warning(str(error), title="")
-            yield chat, gr.skip(), gr.skip()
-
-    async def growing(self, job: Job) -> AsyncIterator[tuple[dict, str | dict]]:
-        """The reply as the chat shows it next, and the note. One that waits tells its place each second.
-
-        Gradio looks only between two steps whether the page is still open.
-        """
-        reply, note = AWAITED, gr.skip()
-        while not job.ended:
-            try:
-                step = await asyncio.wait_for(job.newest(), 1)
-            except TimeoutError:
-                if "log" in reply["metadata"]:
-                    ahead = self.worker.ahead(job)
-                    reply = AWAITED | {"content": f"… {ahead} before you" if ahead else "…"}
-            else:
-                reply = bubble(step)
-                if job.ended:
-                    note = step.warning
-            yield reply, note
-            await asyncio.sleep(REFRESH)
-
-    def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
-        """Begin anew from a message of the user that was changed."""
-        return [*chat[: event.index], {"role": "user", "content": shown(event.value)}, AWAITED]
-
-    def choose(self, chat: list[dict], event: gr.SelectData) -> list[dict]:
-        """Put an alternative in the place of the last reply."""
-        return [*chat[:-1], chat[-1] | {"content": event.value}]
-
-    def draw_persona(self) -> str:
-        try:
-            return "\n".join(random.choice(self.bot.dialogs.personas))
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-
-def bubble(step: Progress) -> dict:
-    """The reply as the chat shows it."""
-    ((text, finish_reason),) = step.choices
-    if finish_reason:
-        return {"role": "assistant", "content": shown(text), "options": alternatives(step.candidates)}
-    return {"role": "assistant", "content": shown(text), "metadata": WRITTEN} if text else AWAITED
-
-
 def alternatives(candidates: dict[str, Reply]) -> list[dict]:
     """The buttons under a reply, best first: every text that was drawn, where there are several."""
     buttons = []
@@ -123,7 +52,7 @@ def alternatives(candidates: dict[str, Reply]) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How the page looks
+# How it looks
 # ------------------------------------------------------------------------------------------------------------
 
 CSS = """
@@ -151,30 +80,6 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospac
 )
 SLIDERS = {name: option.metadata for name, option in Decoding.options().items() if option.metadata["slider"]}
 OPTIONS = (*SLIDERS, "rerank")
-# Part of every event that page.js answers, since the script may arrive after the page.
-LOADED = "while (!window.page) await new Promise((resolve) => setTimeout(resolve, 20));"
-
-
-def settings_column(bot: Bot) -> tuple[gr.Textbox, gr.Button, list]:
-    """The persona, the button that draws another one, and the OPTIONS."""
-    persona = gr.Textbox(
-        "\n".join(bot.persona),
-        label="Persona of the bot: a sentence in each line",
-        lines=6,
-        max_lines=12,
-        elem_id="persona",
-    )
-    drawn = gr.Button("Random persona", size="sm")
-    with gr.Accordion("How replies are drawn", open=False):
-        values = asdict(bot.decoding)
-        options = []
-        for name, about in SLIDERS.items():
-            low, high, step = about["slider"]
-            value, label = max(low, values[name]), name.replace("_", " ").capitalize()
-            options.append(gr.Slider(low, max(high, value), value, step=step, label=label, info=about["help"]))
-        ways = [("head", "mc"), ("likelihood", "lm"), ("both", "both")]
-        options.append(gr.Radio(ways, value=values["rerank"], label="Best reply by"))
-    return persona, drawn, options
 
 
 def look(bot: Bot) -> dict:
@@ -185,66 +90,158 @@ def look(bot: Bot) -> dict:
     return {"theme": THEME, "css": CSS, "head": f"<script>const KEY = 'chat {key}';\n{script}</script>"}
 
 
-def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML, gr.Button, gr.Button]:
-    """The chat, the message box, the note of what the model did not see, and buttons: a new chat, a transcript."""
-    chat = gr.Chatbot(
-        elem_id="chat",
-        show_label=False,
-        placeholder="Say something to begin. The bot answers in the character of its persona.",
-        render_markdown=False,
-        latex_delimiters=[],
-        buttons=["copy"],
-        editable="user",
-    )
-    box = gr.Textbox(
-        placeholder="Type a message",
-        label="Message",
-        show_label=False,
-        autofocus=True,
-        submit_btn="Send",
-        max_lines=6,
-        elem_id="message",
-    )
-    note = gr.HTML(elem_id="note", padding=False)
-    with gr.Row():
-        new, download = (gr.Button(name, size="sm", interactive=False) for name in ("New chat", "Transcript"))
-    return chat, box, note, new, download
+# ------------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------------
+
+# Begins what page.js answers, since the script may arrive after the page.
+LOADED = "while (!window.page) await new Promise((resolve) => setTimeout(resolve, 20));"
+HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}  # of every event
 
 
-def chat_page(worker: Worker) -> gr.Blocks:
-    """The page: its parts, and what answers their events."""
-    page, bot = Page(worker), worker.bot
-    hidden = {"api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(title="Chat with a persona", analytics_enabled=False) as blocks:
-        gr.HTML(f"<h1>Chat with a persona</h1>{html.escape(bot.name)}", elem_id="head")
+class Page:
+    """The page's parts, and what answers their events. It keeps nothing of a chat, so that sessions cannot meet."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self.bot = worker, worker.bot
+        with gr.Blocks(title="Chat with a persona", analytics_enabled=False) as self.blocks:
+            gr.HTML(f"<h1>Chat with a persona</h1>{html.escape(self.bot.name)}", elem_id="head")
+            with gr.Row():
+                with gr.Column(scale=3, min_width=300):
+                    self.add_chat()
+                with gr.Column(scale=1, min_width=260):
+                    self.add_settings()
+            self.add_events()
+
+    def add_chat(self) -> None:
+        self.chat = gr.Chatbot(
+            elem_id="chat",
+            show_label=False,
+            placeholder="Say something to begin. The bot answers in the character of its persona.",
+            render_markdown=False,
+            latex_delimiters=[],
+            buttons=["copy"],
+            editable="user",
+        )
+        self.box = gr.Textbox(
+            placeholder="Type a message",
+            label="Message",
+            show_label=False,
+            autofocus=True,
+            submit_btn="Send",
+            max_lines=6,
+            elem_id="message",
+        )
+        self.note = gr.HTML(elem_id="note", padding=False)  # what the model did not see
         with gr.Row():
-            with gr.Column(scale=3, min_width=300):
-                chat, box, note, new, download = chat_column()
-            with gr.Column(scale=1, min_width=260):
-                persona, drawn, options = settings_column(bot)
+            self.new = gr.Button("New chat", size="sm", interactive=False)
+            self.download = gr.Button("Transcript", size="sm", interactive=False)
 
-        talk = [chat, box]
+    def add_settings(self) -> None:
+        self.persona = gr.Textbox(
+            "\n".join(self.bot.persona),
+            label="Persona of the bot: a sentence in each line",
+            lines=6,
+            max_lines=12,
+            elem_id="persona",
+        )
+        self.draw = gr.Button("Random persona", size="sm")
+        self.options = []  # in the order of OPTIONS
+        with gr.Accordion("How replies are drawn", open=False):
+            for name, about in SLIDERS.items():
+                low, high, step = about["slider"]
+                # An option of the command line may lie beyond what its slider shows.
+                value = max(low, getattr(self.bot.decoding, name))
+                label = name.replace("_", " ").capitalize()
+                self.options.append(gr.Slider(low, max(high, value), value, step=step, label=label, info=about["help"]))
+            ways = [("head", "mc"), ("likelihood", "lm"), ("both", "both")]
+            self.options.append(gr.Radio(ways, value=self.bot.decoding.rerank, label="Best reply by"))
 
-        def in_browser(function: str, inputs: list, outputs: list | None = None) -> dict:
-            """An event that a function of page.js answers. outputs: by default the inputs, changed."""
-            js = f"async (...values) => {{ {LOADED} return page.{function}(...values); }}"
-            outputs = inputs if outputs is None else outputs
-            return {"fn": None, "inputs": inputs, "outputs": outputs, "js": js, **hidden}
-
+    def add_events(self) -> None:
+        chat, talk, kept = self.chat, [self.chat, self.box], [self.chat, self.persona]
         wanted = [
-            box.submit(**in_browser("send", talk)),
-            chat.retry(**in_browser("again", [chat])),
-            chat.edit(page.edit, chat, chat, **hidden),
+            in_browser(self.box.submit, "send", talk),
+            in_browser(chat.retry, "again", [chat]),
+            chat.edit(self.edit, chat, chat, **HIDDEN),
         ]
-        replies = [event.then(page.answer, [chat, persona, *options], [*talk, note], **hidden) for event in wanted]
+        replies = [event.then(self.answer, [*kept, *self.options], [*talk, self.note], **HIDDEN) for event in wanted]
         for event in replies:  # also after it was cancelled
-            event.then(**in_browser("settle", talk))
-        box.stop(None, cancels=replies, **hidden)
-        new.click(**in_browser("drop", [chat]), cancels=replies)
-        chat.undo(**in_browser("undo", talk))
-        chat.option_select(page.choose, chat, chat, **hidden)
-        drawn.click(page.draw_persona, None, persona, **hidden)
-        download.click(**in_browser("transcript", [chat, persona], []))
-        gr.on([chat.change, persona.change], **in_browser("save", [chat, persona], [new, download]))
-        blocks.load(**in_browser("restore", [chat, persona]))
-    return blocks
+            in_browser(event.then, "settle", talk)
+        self.box.stop(None, cancels=replies, **HIDDEN)
+        in_browser(self.new.click, "drop", [chat], cancels=replies)
+        in_browser(chat.undo, "undo", talk)
+        chat.option_select(self.choose, chat, chat, **HIDDEN)
+        self.draw.click(self.draw_persona, None, self.persona, **HIDDEN)
+        in_browser(self.download.click, "transcript", kept, [])
+        changed = partial(gr.on, [chat.change, self.persona.change])
+        in_browser(changed, "save", kept, [self.new, self.download])
+        in_browser(self.blocks.load, "restore", kept)
+
+    async def answer(self, chat: list[dict], persona: str, *values) -> AsyncIterator[dict]:
+        """The awaited reply as it grows: what of the page is to change.
+
+        Gradio looks only between two steps whether the page is still open, so there is one each second at least.
+        """
+        *messages, last = chat or [{}]
+        if (last.get("metadata") or {}).get("status") != "pending":
+            yield gr.skip()
+            return
+        yield {self.box: gr.update(submit_btn=False, stop_btn="Stop")}
+        try:
+            with self.worker.submit(self.ask(messages, persona, values)) as job:
+                step = Progress([Choice("", None)])
+                while not job.ended:
+                    with contextlib.suppress(TimeoutError):
+                        step = await asyncio.wait_for(job.newest(), 1)
+                    changes = {self.chat: [*messages, self.bubble(step, job)]}
+                    if job.ended:
+                        changes[self.note] = step.warning
+                    yield changes
+                    await asyncio.sleep(REFRESH)
+        except (UserError, Unavailable) as error:
+            gr.Warning(str(error), title="")
+            yield {self.chat: messages}
+
+    def ask(self, chat: list[dict], persona: str, values: tuple) -> Ask:
+        """The reply wanted to the last message of a chat. values: of the OPTIONS. Raises UserError."""
+        texts = []
+        for message in chat:
+            text = "".join(part["text"] for part in message["content"])
+            texts.append(text.replace(JOINER, ""))
+        sentences = [check_message(line) for line in persona.splitlines() if line.strip()]
+        options = dict(zip(OPTIONS, values, strict=True))
+        # There is no slider for it, and several replies cannot be drawn with it.
+        greedy = self.bot.decoding.no_sample and options["n_replies"] == 1
+        decoding = replace(self.bot.decoding, no_sample=greedy, **options)
+        return Ask(sentences, [*texts[:-1], check_message(texts[-1])], decoding)
+
+    def bubble(self, step: Progress, job: Job) -> dict:
+        """The reply as the chat shows it. One that waits tells its place."""
+        ((text, finish_reason),) = step.choices
+        if finish_reason:
+            return {"role": "assistant", "content": shown(text), "options": alternatives(step.candidates)}
+        if text:
+            return {"role": "assistant", "content": shown(text), "metadata": WRITTEN}
+        ahead = self.worker.ahead(job)
+        return AWAITED | {"content": f"… {ahead} before you"} if ahead else AWAITED
+
+    def edit(self, chat: list[dict], event: gr.EditData) -> list[dict]:
+        """Begin anew from a message of the user that was changed."""
+        return [*chat[: event.index], {"role": "user", "content": shown(event.value)}, AWAITED]
+
+    def choose(self, chat: list[dict], event: gr.SelectData) -> list[dict]:
+        """Put an alternative in the place of the last reply."""
+        return [*chat[:-1], chat[-1] | {"content": event.value}]
+
+    def draw_persona(self) -> str:
+        try:
+            return "\n".join(random.choice(self.bot.dialogs.personas))
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+
+def in_browser(event: Callable, function: str, inputs: list, outputs: list | None = None, **more):
+    """Let a function of page.js answer an event. outputs: by default the inputs, changed."""
+    js = f"async (...values) => {{ {LOADED} return page.{function}(...values); }}"
+    outputs = inputs if outputs is None else outputs
+    return event(None, inputs, outputs, js=js, **HIDDEN, **more)

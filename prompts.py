@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cli import UserError, explain_errors, first_line
+from cli import UserError, explain_errors
 from files import typed_path
 from inputs import Instances, Prefix
 from template import history_messages
@@ -48,7 +48,7 @@ class ChatTemplate:
             tokenize=False,
             add_generation_prompt=to_be_answered,
             enable_thinking=False,  # of those that know the word, such as Qwen3's
-            **self.tokenizer.own_special,
+            **self.tokenizer.own_special,  # templates write bos_token and its like by name
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -56,11 +56,9 @@ class ChatTemplate:
 
     def _end_of_reply(self) -> int:
         """The token that ends a reply: the first one after it where it is part of the history."""
-        try:
+        with explain_errors("--prompt chat: the chat template fails", "leave it out"):  # it is somebody's program
             text = self._render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "REPLY"}], False)
-        except Exception as error:  # a template is a program of somebody else
-            raise UserError(f"--prompt chat: the chat template fails: {first_line(error)}; leave it out") from error
-        end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))
+        end = self._ids(text.rpartition("REPLY")[2].lstrip(" "))  # some templates put a space before it
         if not end:
             raise UserError("--prompt chat: the chat template does not end its replies; leave it out for this model")
         return end[0]
@@ -73,20 +71,21 @@ class ChatTemplate:
     def _plain(self, text: str) -> str:
         """Text in which no special token can be read: a mark without width parts its first two signs."""
         for token in self.tokenizer.hf.get_added_vocab():
-            if len(token) > 1:
+            if len(token) > 1:  # one sign cannot be parted
                 text = text.replace(token, f"{token[0]}\u2060{token[1:]}")
         return text
 
     def prefix(self, persona: list[str], history: list[str]) -> list[int]:
         """The tokens before a reply."""
         system = self.instructions.replace(PERSONA, "\n".join(map(self._plain, persona)))
-        turns = history_messages(list(map(self._plain, history)))
+        texts = list(map(self._plain, history))
         try:
-            return self._ids(self._render([{"role": "system", "content": system}, *turns]))
+            text = self._render([{"role": "system", "content": system}, *history_messages(texts)])
         except Exception:  # some templates know no system message, and let the user begin
-            turns = turns if len(turns) % 2 else turns[1:]
-            said = [system, *(turn["content"] for turn in turns[:1])]
-            return self._ids(self._render([{"role": "user", "content": "\n\n".join(said)}, *turns[1:]]))
+            texts = texts if len(texts) % 2 else texts[1:]
+            first = "\n\n".join([system, *texts[:1]])
+            text = self._render(history_messages([first, *texts[1:]]))
+        return self._ids(text)
 
 
 @dataclass(eq=False)
@@ -99,15 +98,16 @@ class ChatInstances(Instances):
         """As of any instance. What does not fit goes in the same order: old messages, then the persona's end."""
         persona = self.split.persona_texts(index)
         history = self.split.history_texts(index)[-self.n_history :]
-        reply = min(reply, self.limit // 2)
-        while len(tokens := self.template.prefix(persona, history)) + reply + 1 > self.limit:
+        reply = min(reply, self.limit // 2)  # the rest is for what it answers
+        room = self.limit - reply - 1  # <eos>
+        tokens = self.template.prefix(persona, history)
+        while len(tokens) > room and (len(history) > 1 or persona):
             if len(history) > 1:
                 history = history[1:]
-            elif persona:
-                persona = persona[:-1]
             else:
-                tokens = tokens[-(self.limit - reply - 1) :]
-                break
+                persona = persona[:-1]
+            tokens = self.template.prefix(persona, history)
+        tokens = tokens[-room:]  # of a message that is too long by itself, the end
         return (tokens, [self.ids.speaker1] * len(tokens)), reply
 
     def lengths(self) -> np.ndarray:

@@ -3,14 +3,15 @@
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli import UserError, printable
@@ -21,7 +22,6 @@ from files import state_folder
 # ------------------------------------------------------------------------------------------------------------
 
 GREEN, GREY = "32", "90"  # of the prompt; of what is neither typed nor a reply
-RESET = "\x1b[0m"
 
 
 def obeys_escapes() -> bool:
@@ -31,7 +31,9 @@ def obeys_escapes() -> bool:
 
 def coloured(text: str, colour: str) -> str:
     """`text` in a colour, where there are colours and NO_COLOR (https://no-color.org) does not forbid them."""
-    return f"\x1b[{colour}m{text}{RESET}" if obeys_escapes() and not os.environ.get("NO_COLOR") else text
+    if not obeys_escapes() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -43,7 +45,9 @@ def char_width(char: str) -> int:
     """The columns that a character takes: two for Chinese, Japanese, Korean and emoji, none for accents put on top."""
     if unicodedata.east_asian_width(char) in "WF":
         return 2
-    return int(unicodedata.category(char) not in ("Mn", "Me", "Cf"))
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 1
 
 
 def text_width(text: str) -> int:
@@ -56,7 +60,9 @@ def columns() -> int:
     Asked anew for each word, as a window may be resized. The last column stays free: terminals differ in what a line
     break after it does.
     """
-    return max(shutil.get_terminal_size().columns - 1, 1) if sys.stdout.isatty() else sys.maxsize
+    if not sys.stdout.isatty():
+        return sys.maxsize
+    return max(shutil.get_terminal_size().columns - 1, 1)
 
 
 class Wrapper:
@@ -84,31 +90,33 @@ class Wrapper:
     def finish(self) -> str:
         """The word that was held back."""
         word, self.word = self.word, ""
-        # One that is wider than a whole line has to be broken somewhere.
-        return self._place(word) if text_width(word) <= self.columns() else "".join(map(self._place, word))
+        if text_width(word) <= self.columns():
+            return self._place(word)
+        # It is wider than a whole line, so it has to be broken somewhere.
+        return "".join(map(self._place, word))
 
     def _place(self, text: str) -> str:
         """`text`, after a line break where it does not fit; a space there is the line break."""
-        if text == "\n":
-            self.column = 0
+        self.column += text_width(text)
+        if text != "\n" and self.column <= self.columns():
             return text
-        width = text_width(text)
-        if self.column + width <= self.columns():
-            self.column += width
-            return text
-        self.column = 0 if text.isspace() else width
-        return "\n" if text.isspace() else "\n" + text
+        text = text.strip()
+        self.column = text_width(text)
+        return "\n" + text
 
 
 def wrapped(text: str, width: int | None = None) -> list[str]:
     """The lines of a text, by default as wide as the terminal."""
-    wrapper = Wrapper(columns if width is None else lambda: max(width, 2))
-    return [line.rstrip() for line in (wrapper.feed(text) + wrapper.finish()).split("\n")]
+    wrapper = Wrapper() if width is None else Wrapper(lambda: max(width, 2))  # 2: of a wide character
+    lines = wrapper.feed(text) + wrapper.finish()
+    return [line.rstrip() for line in lines.split("\n")]
 
 
 def hanging(head: str, text: str) -> str:
     """`text` after `head`, and below its own beginning where it takes more lines."""
-    return head + ("\n" + " " * len(head)).join(wrapped(text, columns() - len(head)))
+    lines = wrapped(text, columns() - len(head))
+    indented = "\n" + " " * len(head)
+    return head + indented.join(lines)
 
 
 def box(title: str, lines: list[str]) -> str:
@@ -116,7 +124,7 @@ def box(title: str, lines: list[str]) -> str:
     width = min(shutil.get_terminal_size().columns, 80)
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     top, side, bottom, dash = "╭│╰─" if unicode else "+|+-"
-    texts = [part for line in lines for part in wrapped(printable(line), width - 2)]
+    texts = wrapped(printable("\n".join(lines)), width - 2)
     edge = 2 + max(map(text_width, [title + "  ", *texts]))
     head = coloured(f"{top}{dash} {title} ".ljust(edge, dash), GREY)
     body = [f"{coloured(side, GREY)} {text}" for text in texts]
@@ -124,59 +132,50 @@ def box(title: str, lines: list[str]) -> str:
     return "\n".join([head, *body, foot])
 
 
+def show(text: str) -> None:
+    """Print what somebody said."""
+    print(*wrapped(printable(text)), sep="\n")
+
+
 def notice(text: str) -> None:
     """Print what the program says of itself."""
-    print(coloured("\n".join(wrapped(printable(text))), GREY))
+    lines = wrapped(printable(text))
+    print(coloured("\n".join(lines), GREY))
 
 
 def show_status(text: str) -> None:
     """Show what is being waited for, in the place of what this line holds; "" leaves it empty."""
     if obeys_escapes():
-        print("\r\x1b[K" + coloured(text[: columns()], GREY), end="", flush=True)
+        line = coloured(text[: columns()], GREY)
+        print(f"\r\x1b[K{line}", end="", flush=True)
 
 
-@dataclass
-class Pace:
-    """How fast a reply was drawn. Times in seconds."""
-
-    started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0  # from the message to the first token
-    whole: float = 0.0  # to the last one
-    tokens: int = 0  # of the reply, or of the longest where several were drawn at once
-
-    def count(self) -> None:
-        self.whole = time.perf_counter() - self.started
-        self.first = self.first or self.whole
-        self.tokens += 1
-
-    def __str__(self) -> str:
-        speed = f"{self.tokens / max(self.whole, 1e-6):.1f} tokens/s"
-        return f"{self.tokens} tokens in {self.whole:.1f} s ({speed}), the first after {self.first:.1f} s"
-
-
-def print_stream(pieces: Iterator[str], waiting: str) -> Pace:
-    """Print a text as it comes, in pieces of which the last one is no token; its pace.
+def print_stream(pieces: Iterator[str], waiting: str) -> str:
+    """Print a text as it comes, a piece for each token and a last one that is none; how fast it came, in words.
 
     Args:
         waiting: what is shown until the first word, where {} is how many tokens are drawn.
     """
-    pace, wrapper = Pace(), Wrapper()
+    wrapper = Wrapper()
+    started = time.perf_counter()
+    seconds = []  # from the start to each piece
     begun = False  # a word stands in the place of what was waited for
     show_status(waiting.format(0))
     try:
         for piece in pieces:
-            pace.count()
+            seconds.append(time.perf_counter() - started)
             lines = wrapper.feed(piece)
             if not begun:
                 begun = bool(lines)
-                show_status("" if begun else waiting.format(pace.tokens))
+                show_status("" if begun else waiting.format(len(seconds)))
             print(lines, end="", flush=True)
     finally:
         if not begun:
             show_status("")
     print(wrapper.finish())
-    pace.tokens -= 1
-    return pace
+    tokens = len(seconds) - 1
+    speed = tokens / max(seconds[-1], 1e-6)
+    return f"{tokens} tokens in {seconds[-1]:.1f} s ({speed:.1f} tokens/s), the first after {seconds[0]:.1f} s"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def print_stream(pieces: Iterator[str], waiting: str) -> Pace:
 # ------------------------------------------------------------------------------------------------------------
 
 MAX_HISTORY = 1000  # messages that are remembered
-MAX_HISTORY_SIZE = 2**20  # bytes of the file that are read; a longer one is rewritten
+MAX_HISTORY_SIZE = 2**20  # bytes of the file; a longer one is rewritten
 
 
 class History:
@@ -203,16 +202,12 @@ class History:
         """The last messages, oldest first. Lines that are damaged are left out."""
         messages = []
         with contextlib.suppress(OSError):
-            with open(self.path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - MAX_HISTORY_SIZE, 0))
-                lines = file.read().splitlines()[-MAX_HISTORY:]
-            for line in lines:
-                with contextlib.suppress(ValueError, RecursionError):
-                    message = json.loads(line)
-                    if isinstance(message, str):
-                        messages.append(message)
-            if size > MAX_HISTORY_SIZE:
+            data = self.path.read_bytes()
+            for line in data.splitlines()[-MAX_HISTORY:]:
+                if line.startswith(b'"'):
+                    with contextlib.suppress(ValueError):
+                        messages.append(json.loads(line))
+            if len(data) > MAX_HISTORY_SIZE:
                 os.truncate(self.path, 0)
                 self.append(*messages)
         return messages
@@ -301,10 +296,9 @@ class Prompt:
 
     def _line(self, prompt: str) -> str:
         if not self.lines:
-            # readline must know what takes no columns: what is between \1 and \2
-            start, prompt, end = coloured(prompt, GREEN).partition(prompt)
-            shown = f"\1{start}\2{prompt}\1{end}\2" if start else prompt
-            self.lines = input(shown).replace("\r", "\n").split("\n")
+            # readline counts columns: what takes none, such as an escape sequence, must stand between \1 and \2.
+            prompt = re.sub(r"\x1b\[\d+m", "\1\\g<0>\2", coloured(prompt, GREEN))
+            self.lines = input(prompt).replace("\r", "\n").split("\n")
         return self.lines.pop(0)
 
     def _follows(self) -> bool:
@@ -340,17 +334,17 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
     What is typed meanwhile is not shown in the middle of what the body prints: it waits for the next prompt.
     """
-    pressed = []
+    pressed = threading.Event()
 
     def press(*_) -> None:
-        if pressed:
+        if pressed.is_set():
             raise KeyboardInterrupt
-        pressed.append(True)
+        pressed.set()
 
     before = signal.signal(signal.SIGINT, press)
     try:
         with keys_not_shown():
-            yield lambda: bool(pressed)
+            yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from cli import UserError, log
+from cli import UserError, explain_errors, log
 from dialogs import read_dataset
 from files import is_url, typed_path, whole_files
 from formats import is_record
@@ -50,18 +50,17 @@ class Transcript:
     @contextlib.contextmanager
     def opened(self) -> Iterator[BinaryIO]:
         """The file; where writing fails, it is left as it was."""
-        end = None
-        try:
-            with open(self.path, "a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                yield file
-        except OSError as error:
-            if end is not None:
-                with contextlib.suppress(OSError):  # what cannot be written may not be truncated either
-                    os.truncate(self.path, end)
-            raise UserError(
-                f"cannot write --transcript {self.path}: {error.strerror or error}; choose a file you can"
-            ) from error
+        end = None  # where it ended before
+        with explain_errors(f"cannot write --transcript {self.path}", "choose a file you can", OSError):
+            try:
+                with open(self.path, "a+b") as file:
+                    end = file.seek(0, os.SEEK_END)
+                    yield file
+            except OSError:  # also of the close, which writes what is still in the buffer
+                if end is not None:
+                    with contextlib.suppress(OSError):  # what cannot be written may not be truncated either
+                        os.truncate(self.path, end)
+                raise
 
     def add(self, chat) -> None:
         """Write the last turn of a `Conversation`."""
@@ -121,5 +120,5 @@ def last_dialog(name: str) -> tuple[list[str], list[str]]:
     if not last:
         raise UserError(f"{name} holds no dialog; choose another file")
     (dialog,) = last
-    replies = dialog.utterances[-1:]  # it may have none
-    return dialog.personality, [text for reply in replies for text in (*reply.history, reply.candidates[-1])]
+    histories = [(*reply.history, reply.candidates[-1]) for reply in dialog.utterances[-1:]]  # one, or none
+    return dialog.personality, list(chain.from_iterable(histories))

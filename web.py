@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route
 
 from cli import UserError, explain_errors, log
 from endpoint import asked_reply, completion, completion_events, error_answer, read_request
-from page import chat_page, look
+from page import Page, look
 from worker import Bot, Job, Unavailable, Worker
 
 MAX_BODY = 1_000_000  # bytes of a request
@@ -30,16 +30,13 @@ BODY_SECONDS = 30  # that a request may take to arrive
 
 async def refuse(_: Request, error: UserError | Unavailable | HTTPException) -> JSONResponse:
     """The answer to a request that failed, in OpenAI's form."""
-    headers = None
-    match error:
-        case Unavailable():
-            status, message = error.status, str(error)
-            if error.retry_after:
-                headers = {"Retry-After": str(error.retry_after)}
-        case HTTPException():
-            status, message, headers = error.status_code, error.detail, error.headers
-        case _:
-            status, message = 400, str(error)
+    status, message, headers = 400, str(error), None
+    if isinstance(error, HTTPException):
+        status, message, headers = error.status_code, error.detail, error.headers
+    elif isinstance(error, Unavailable):
+        status = error.status
+        if error.retry_after:
+            headers = {"Retry-After": str(error.retry_after)}
     return JSONResponse(error_answer(status, message), status, headers)
 
 
@@ -64,7 +61,7 @@ class Guard:
         self.app, self.hosts, self.api_key = app, hosts, api_key
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the server's start and end
             return await self.app(scope, receive, send)
         request = Request(scope, receive)
         try:
@@ -74,7 +71,7 @@ class Guard:
         except HTTPException as error:
             response = await refuse(request, error)
             return await response(scope, receive, send)
-        except ClientDisconnect:
+        except ClientDisconnect:  # amid its body: nobody reads an answer
             return None
         return await self.app(scope, receive, send)
 
@@ -87,8 +84,8 @@ class Guard:
             raise HTTPException(404, "nothing can be uploaded")
         if request.method == "POST" and not (is_json(headers) or path == "/login"):
             raise HTTPException(415, "expected the content type application/json")
-        key = f"Bearer {self.api_key}" if self.api_key else ""
-        if key and path.startswith("/v1/") and not same(headers.get("authorization", ""), key):
+        needs_key = self.api_key and path.startswith("/v1/")  # the page asks its visitors itself: `auth` in `serve`
+        if needs_key and not same(headers.get("authorization", ""), f"Bearer {self.api_key}"):
             raise HTTPException(401, "expected the server's API key", {"WWW-Authenticate": "Bearer"})
 
 
@@ -109,6 +106,7 @@ def is_json(headers) -> bool:
 
 
 def same(one: str, other: str) -> bool:
+    """Whether two texts are equal, in a time that does not tell where they differ."""
     return secrets.compare_digest(one.encode(), other.encode())
 
 
@@ -121,7 +119,7 @@ async def read_body(request: Request) -> bytes:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                body += part[: MAX_BODY + 1 - len(body)]
+                body += part[: MAX_BODY + 1 - len(body)]  # the byte that is one too many tells that there are more
     except TimeoutError:
         raise HTTPException(408, f"the request took longer than {BODY_SECONDS} seconds to arrive") from None
     if len(body) > MAX_BODY:
@@ -130,7 +128,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def replay(body: bytes, receive):
-    """An ASGI `receive` for a body that was read already."""
+    """An ASGI `receive` for a body that was read already. After it comes what else the client does: it leaves."""
     whole = iter([{"type": "http.request", "body": body}])
 
     async def next_message() -> dict:
@@ -145,7 +143,7 @@ def replay(body: bytes, receive):
 
 
 async def whole_completion(job: Job, model: str, request: Request) -> Response:
-    """An answer at once; given up when the client is gone."""
+    """An answer at once; given up when the client is gone, which Starlette tells only who asks."""
     answer = asyncio.ensure_future(completion(job, model))
     while not (await asyncio.wait([answer], timeout=0.2))[0]:
         if await request.is_disconnected():
@@ -221,19 +219,20 @@ def serve(model, tokenizer, bot: Bot, web) -> None:
     routes = [Mount("/v1", endpoint(worker)), Route("/health", health)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for nobody else to read, and gone with the server
-        blocks = chat_page(worker).queue(max_size=None, default_concurrency_limit=None)
+        # The worker's queue is the only one: Gradio's would let a reply wait behind those of other pages.
+        blocks = Page(worker).blocks.queue(max_size=None, default_concurrency_limit=None)
         with listening(web):
             _, url, shared = blocks.launch(
                 server_name=web.host,
                 server_port=web.port or None,
                 share=web.share,
-                prevent_thread_lock=True,
+                prevent_thread_lock=True,  # it returns, and serves from a thread
                 quiet=True,
                 auth=(lambda _, password: same(password, api_key)) if api_key else None,
                 auth_message="Any name; the password is the server's API key.",
                 footer_links=[],
                 run_history=False,
-                ssr_mode=False,
+                ssr_mode=False,  # needs Node
                 app_kwargs={"routes": routes, "middleware": [Middleware(Guard, hosts=hosts, api_key=api_key)]},
                 **look(bot),
             )

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from utils import DialogTokenizer
 
 MAX_ROWS = 32  # replies in a batch
 MAX_DRAWN = 16_384  # tokens that may be drawn in a batch: its memory grows with them
+STOPPING = 503, "the server is stopping"
 KEPT_PREFIXES = 8  # conversations whose keys and values stay in memory
 
 
@@ -52,13 +54,9 @@ class Unavailable(Exception):
         self.status, self.retry_after = status, retry_after
 
 
-def stopping() -> Unavailable:
-    return Unavailable(503, "the server is stopping")
-
-
 @dataclass
 class Ask:
-    """What a reply is wanted to. Data only, so that the worker can see what may be computed together."""
+    """A request for replies to a dialog. Data only, so that the worker can see what may be computed together."""
 
     persona: list[str]
     dialog: list[str]  # utterances, oldest first; the last one is the other person's
@@ -87,15 +85,16 @@ class Progress:
 
 
 class Job:
-    """A reply that is waited for: an async iterator of its `Progress`. Leaving its context gives the reply up.
+    """An `Ask` that is waited for: an async iterator of its `Progress`. Leaving its context gives it up.
 
-    Two threads meet here: the worker's puts steps, the event loop's takes them.
+    Two threads meet here: the worker's puts steps, the event loop's takes them. So there are two flags: the last step
+    may be put long before it is taken.
     """
 
     def __init__(self, ask: Ask):
         self.ask = ask
         self.over = False  # nothing more is put: the last step was, or nobody waits for it
-        self.ended = False  # the last step was taken
+        self.ended = False  # the last step was taken, so none is to be waited for
         self.steps: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
@@ -122,6 +121,7 @@ class Job:
     async def newest(self) -> Progress:
         """The newest step, which holds what those before it did. Raises StopAsyncIteration after the end."""
         step = await anext(self)
+        # What is there is taken at once: were others let run between two steps, a fast model would put the next one.
         while not self.steps.empty():
             step = await anext(self)
         return step
@@ -143,40 +143,38 @@ class Writing:
         message, self.begun = chat.tokenizer.encode([text, self.ask.begun])
         self.n_begun = len(chat.tokenizer.decode(self.begun))  # characters
         self.generation = chat.generation(message, self.begun)
-        # The best of more replies than are wanted are known at the end only.
+        # The best of more replies than are wanted are known only when all are drawn and scored. They are drawn to their
+        # own ends, past stop sequences too: were they cut off together, their scores would depend on the batch.
         self.ranked = self.ask.decoding.n_replies > self.ask.n
-        self.done = False  # no reply grows any more, or nobody waits for it
 
     def choice(self, reply: Reply, decode: Callable[[list[int]], str]) -> Choice:
-        """The text of a reply after what was begun, up to a stop sequence, and why it ends there."""
+        """The text of a reply after what was begun, as far as it can be shown, and why it ends there if it does."""
         whole = decode([*self.begun, *reply.tokens])[self.n_begun :]
         text = before_stops(whole, self.ask.stop)
         if reply.complete or text != whole:
             return Choice(text, "stop")
-        return Choice(text, None if reply.can_grow(self.generation.decoding) else "length")
+        if reply.can_grow(self.generation.decoding):
+            return Choice(certain(text, self.ask.stop), None)
+        return Choice(text, "length")
 
     def tell(self, replies: list[Reply]) -> None:
         """Say how far the replies are; also their end, which need not wait for the others of the batch."""
-        if self.job.over:
-            self.done = True
+        if self.job.over or self.ranked:
             return
         choices = [self.choice(reply, self.chat.tokenizer.decode_start) for reply in replies]
-        self.done = all(choice.finish_reason for choice in choices)
-        if self.ranked:  # the end is told when all are drawn and scored
-            return
-        if self.done:
+        if all(choice.finish_reason for choice in choices):
             self.tell_end(replies)
-        else:
-            shown = [certain(choice.text, self.ask.stop) for choice in choices]
-            self.job.put(Progress([Choice(text, None) for text in shown]))
+        else:  # those that have ended wait for the others
+            self.job.put(Progress([Choice(text, None) for text, _ in choices]))
 
     def tell_end(self, replies: list[Reply]) -> None:
         """Say the first `n` replies, which are whole. replies: all that were drawn, ranked where there are more."""
-        decode, given = self.chat.tokenizer.decode, replies[: self.ask.n]
-        choices = [self.choice(reply, decode) for reply in given]
+        decode = self.chat.tokenizer.decode
+        wanted = replies[: self.ask.n]
+        choices = [self.choice(reply, decode) for reply in wanted]
         candidates = distinct(replies, decode) if self.ranked else {}
         ((prompt, _),) = self.generation.prefixes
-        drawn = sum(len(reply.tokens) for reply in given)
+        drawn = sum(len(reply.tokens) for reply in wanted)
         usage = {"prompt_tokens": len(prompt), "completion_tokens": drawn, "total_tokens": len(prompt) + drawn}
         self.job.put(Progress(choices, usage, candidates, self.chat.truncation))
 
@@ -187,9 +185,12 @@ def before_stops(text: str, stops: tuple[str, ...]) -> str:
 
 
 def certain(text: str, stops: tuple[str, ...]) -> str:
-    """A text without an end that may be the beginning of a stop sequence: what can be shown already."""
-    held = (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
-    return text[: len(text) - max(held, default=0)]
+    """A text without an end that a stop sequence may begin with: what can be shown already."""
+    for start in range(len(text)):
+        end = text[start:]
+        if any(stop.startswith(end) for stop in stops):
+            return text[:start]
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,68 +211,69 @@ class Worker:
         self.seeds = itertools.count(bot.seed)  # of the replies whose `Ask` names none
         self.prefix_cache = PrefixCache(KEPT_PREFIXES)
         self.waiting: list[Job] = []
-        self.changed = threading.Condition()
         self.warned: set[str] = set()  # of what was truncated: see `Conversation`
-        self.closed = False
         self.seconds = 1.0  # that the last batch took
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        self.closed = False
+        self.lock = threading.Lock()  # of `waiting` and `closed`
+        self.thread = ThreadPoolExecutor(1)  # a batch uses all cores by itself
 
     def submit(self, ask: Ask) -> Job:
         """Put a reply at the queue's end. Raises Unavailable where no more may wait."""
         job = Job(ask)
-        with self.changed:
+        with self.lock:
             if self.closed:
-                raise stopping()
+                raise Unavailable(*STOPPING)
             if len(self._still_waiting()) >= self.max_queue:
                 message = f"{self.max_queue} replies are waited for already; try again in a moment"
                 raise Unavailable(429, message, max(1, math.ceil(self.seconds)))
             self.waiting.append(job)
-            self.changed.notify()
+            self.thread.submit(self._work)
         return job
 
     def ahead(self, job: Job) -> int:
         """The number of replies that were asked for before this one and are not written yet; 0 once this one is."""
-        with self.changed:
+        with self.lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
 
     def close(self) -> None:
         """Give up all replies. Nothing is computed any more once this returns."""
-        with self.changed:
+        with self.lock:
             self.closed = True
-            self.changed.notify()
-        self.thread.join()
+        self.thread.shutdown()
 
     def _work(self) -> None:
-        while jobs := self._next_jobs():
-            start = time.monotonic()
-            try:
+        """Compute the reply that waits longest, and others with it. There is a call for each reply, so none is left."""
+        jobs = self._next_jobs()
+        if not jobs:  # it was computed with another one, or nobody waits for it any more
+            return
+        start = time.monotonic()
+        failure = Unavailable(*STOPPING)  # of those that do not end
+        try:
+            if not self.closed:
                 self._run(jobs)
-                failure = stopping()
-            except Exception as error:  # a bug, or a full GPU: the worker goes on with the next jobs
-                log.exception("a reply failed")
-                failure = Unavailable(500, f"the reply failed: {first_line(error)}")
-            for job in jobs:
-                job.put(failure)  # to those that did not end
-            self.seconds = time.monotonic() - start
-            if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
-                time.sleep(min(0.05, self.seconds / 20))
-        for job in self.waiting:
-            job.put(stopping())
+        except Exception as error:  # a bug, or a full GPU: the worker goes on with the next jobs
+            log.exception("a reply failed")
+            failure = Unavailable(500, f"the reply failed: {first_line(error)}")
+        for job in jobs:
+            job.put(failure)
+        self.seconds = time.monotonic() - start
+        if len(jobs) > 1:  # those who were answered together, and ask again, are waited for a little
+            time.sleep(min(0.05, self.seconds / 20))
 
     def _next_jobs(self) -> list[Job]:
-        """Wait for the next job; it, and those that can be computed with it. Empty once the worker is closed."""
-        with self.changed:
-            self.changed.wait_for(lambda: self._still_waiting() or self.closed)
-            if self.closed:
+        """Take the reply that waits longest from the queue, and those that can be computed with it."""
+        with self.lock:
+            waiting = self._still_waiting()
+            if not waiting:
                 return []
-            decoding = self.waiting[0].ask.decoding
-            rows = min(MAX_ROWS, MAX_DRAWN // min(decoding.max_length, self.model.limit))
+            decoding = waiting[0].ask.decoding
+            longest = min(decoding.max_length, self.model.limit)
+            rows = min(MAX_ROWS, MAX_DRAWN // longest)
             rows_of_job = max(decoding.n_replies, decoding.num_beams)
-            alike = [job for job in self.waiting if job.ask.decoding == decoding]
+            alike = [job for job in waiting if job.ask.decoding == decoding]
             jobs = alike[: max(1, rows // rows_of_job)]
-            self.waiting = [job for job in self.waiting if job not in jobs]
+            self.waiting = [job for job in waiting if job not in jobs]
             return jobs
 
     def _still_waiting(self) -> list[Job]:
@@ -288,7 +290,7 @@ class Worker:
                 writing.tell(replies)
             if self.closed:
                 return
-            if all(writing.done for writing in writings):
+            if all(job.over for job in jobs):
                 break
         if len(jobs) == 1 or not all(job.over for job in jobs):  # alone: also to keep its prefix for the next turn
             for writing, replies in zip(writings, generation.finish(), strict=True):
@@ -296,7 +298,8 @@ class Worker:
 
     def _writing(self, job: Job) -> Writing:
         ask = job.ask
-        seed = (next(self.seeds) if ask.seed is None else ask.seed) % 2**63
+        seed = next(self.seeds) if ask.seed is None else ask.seed
+        seed %= 2**63  # torch takes no more
         settings = ask.decoding, self.bot.max_history, seed, self.prefix_cache
         chat = Conversation(self.model, self.tokenizer, ask.persona, *settings)
         chat.warned = self.warned
@@ -307,8 +310,7 @@ class Worker:
 
 def joined(generations: list[Generation]) -> Generation:
     """The generations of a prefix each, which draw alike, as one. Each reply keeps its own generator of chance."""
-    first, *others = generations
-    if not others:
-        return first
+    first = generations[0]
     prefixes = [prefix for each in generations for prefix in each.prefixes]
-    return Generation(first.model, prefixes, first.decoding, [each.rows[0].generator for each in generations])
+    generators = [each.rows[0].generator for each in generations]
+    return Generation(first.model, prefixes, first.decoding, generators, first.prefix_cache)

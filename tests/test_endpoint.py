@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import replace
+from string import ascii_letters
 from types import SimpleNamespace
 
 import pytest
@@ -204,6 +205,18 @@ def test_replies_that_overlap_are_computed_together(worker, monkeypatch):
     assert max(sizes) >= 5 and sum(sizes) == 13
     for one, other in zip(alone, together, strict=False):
         assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
+
+
+def test_the_best_of_several_does_not_depend_on_the_batch(worker, monkeypatch):
+    """Its stop sequences end all of its replies long before those of the request beside it."""
+    sizes = []
+    monkeypatch.setattr("worker.joined", lambda parts: sizes.append(len(parts)) or joined(parts))
+    several = replace(BOT.decoding, n_replies=4)
+    stopped, other = (replace(asked(seed=3, stop=stop), decoding=several) for stop in (list(ascii_letters), "\n"))
+    (alone,) = answers(worker, stopped)
+    _, together, _ = answers(worker, other, stopped, other)
+    assert max(sizes) > 1
+    assert (together["choices"], together["usage"]) == (alone["choices"], alone["usage"])
 
 
 def test_a_batch_of_beam_searches_is_as_small_as_its_rows_ask_for(worker, monkeypatch):

@@ -17,7 +17,7 @@ ROOMS = """
 """.split()
 SCRIPTS = ["convert", "train", "interact", "convai_evaluation", "export", "worker", "endpoint", "page", "web"]
 MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)} | {name: set(ROOMS) for name in SCRIPTS}
-MAY_IMPORT["interact"] |= {"worker", "web"}
+MAY_IMPORT["interact"].add("web")
 for name in ("endpoint", "page", "web"):
     MAY_IMPORT[name].add("worker")
 MAY_IMPORT["web"] |= {"endpoint", "page"}
