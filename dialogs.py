@@ -106,7 +106,7 @@ def files_of_config(repo: str, names: list[str], config: str | None) -> list[str
 
 def split_in(name: str) -> str | None:
     """The word for a split in a file's name."""
-    words = SYNONYMS["training split"] + SYNONYMS["validation split"]
+    words = SYNONYMS["train"] + SYNONYMS["valid"]
     return next((word for word in reversed(re.split(r"[^a-z]+", name.lower())) if word in words), None)
 
 
