@@ -121,5 +121,4 @@ def last_dialog(name: str) -> tuple[list[str], list[str]]:
     if not last:
         raise UserError(f"{name} holds no dialog; choose another file")
     (dialog,) = last
-    replies = dialog.utterances[-1:]  # it may have none
-    return dialog.personality, [text for reply in replies for text in (*reply.history, reply.candidates[-1])]
+    return dialog.personality, dialog.turns
