@@ -11,7 +11,7 @@ import msgspec
 from cli import UserError, explain_errors, log
 from files import typed_path
 from formats import decode, is_record, read_content
-from records import NO_JSON, SYNONYMS, Fields, persona_in, persona_of, texts_in
+from records import NO_JSON, SYNONYMS, Fields, persona_in, persona_of, texts_in, typed
 from turns import normal, persona_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -89,7 +89,7 @@ def persona_in_json(text: str, source: str, path: Path) -> list[str]:
 
 def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
     """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
-    name = card.get("name") or ""
+    name = str(typed(card.get("name") or "", str | int | float, "$.name"))
     sentences = [f"My name is {name}."] if name else []
     for key in CARD_KEYS:
         sentences += persona_of(card.get(key) or "", f"$.{key}")
