@@ -49,22 +49,19 @@ def dataset_files(name: str) -> list[tuple[str, Path]]:
         return fetch_from_hub(f"{found[1]}/{found[2]}", found[3], found[4])
     if not os.path.exists(path):  # pathlib's own raises for names that are too long
         raise UserError(f"no such dataset: {path}; pass --dataset_path a file, a URL or a hub id")
-    return [("", path if path.is_file() or path.is_dir() else spooled(path))]
+    if not path.is_file() and not path.is_dir():
+        path = Path(spooled(path).name, path.name)
+    return [("", path)]
 
 
-@cache
-def spooled(path: Path) -> Path:
+@cache  # holds the folder, which goes when this process ends
+def spooled(path: Path) -> tempfile.TemporaryDirectory:
     """A copy of what comes through a pipe, such as <(zcat chats.gz): it is read more than once, a pipe only once."""
     folder = tempfile.TemporaryDirectory()
-    KEPT.append(folder)
-    copy = Path(folder.name, path.name)
     with explain_errors(f"cannot read {path}", "expected a readable file", OSError):
-        with open(path, "rb") as pipe, open(copy, "wb") as file:
+        with open(path, "rb") as pipe, open(Path(folder.name, path.name), "wb") as file:
             shutil.copyfileobj(pipe, file)
-    return copy
-
-
-KEPT: list[tempfile.TemporaryDirectory] = []  # until this process ends
+    return folder
 
 
 def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[tuple[str, Path]]:
@@ -83,31 +80,34 @@ def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[
             )
         names = files_of_config(repo, names, config)
         folder = snapshot_download(repo, repo_type="dataset", revision=branch, allow_patterns=names)
-    splits = {name: split_in(name) for name in names}
-    wanted = name_splits(dict.fromkeys(filter(None, splits.values())), Path(repo))
-    read = {word: split for split, word in wanted.items()}
-    return [(read[word], Path(folder, name)) for name, word in sorted(splits.items()) if not read or word in read]
+    words = {name: split_in(name) for name in sorted(names)}
+    splits = name_splits(dict.fromkeys(filter(None, words.values())), Path(repo))
+    if not splits:  # no file's name tells one
+        return [("", Path(folder, name)) for name in words]
+    split_of = {word: split for split, word in splits.items()}
+    return [(split_of[word], Path(folder, name)) for name, word in words.items() if word in split_of]
 
 
 def files_of_config(repo: str, names: list[str], config: str | None) -> list[str]:
     """Those of a dataset's files that belong to a configuration: each has a folder, where there are several."""
-    tops = {name.split("/")[0] for name in names if "/" in name}
-    configs = sorted(top for top in tops if top != "data" and split_in(top) is None)
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    configs = sorted(folder for folder in folders if folder != "data" and split_in(folder) is None)
     if config is None:
-        config = configs[0] if len(configs) == 1 else "default"
         if not configs:
             return names
+        config = configs[0] if len(configs) == 1 else "default"
         if config not in configs:
             raise UserError(f"the dataset '{repo}' has the configurations {keys_found(configs)}; pass '{repo}:NAME'")
-    elif config not in configs:
+    if config not in configs:
         raise UserError(f"the dataset '{repo}' has no configuration {config}, but {keys_found(configs)}")
     return [name for name in names if name.startswith(f"{config}/")]
 
 
 def split_in(name: str) -> str | None:
-    """The word for a split in a file's name."""
-    words = SYNONYMS["training split"] + SYNONYMS["validation split"]
-    return next((word for word in reversed(re.split(r"[^a-z]+", name.lower())) if word in words), None)
+    """The word for a split in a file's name: of several the last, as folders come before files."""
+    words = re.split(r"[^a-z]+", name.lower())
+    known = [word for word in words if word in SYNONYMS["train"] or word in SYNONYMS["valid"]]
+    return known[-1] if known else None
 
 
 def read_bytes(path: Path) -> Content:
@@ -137,7 +137,7 @@ def read_dataset(name: str) -> Splits:
     Args:
         name: a path, a URL, the id of a dataset on the hub, or "" for PersonaChat.
     """
-    found: dict[str, list[Lazy]] = {}
+    files: dict[str, list[Lazy]] = {}  # of each split
     for split, path in dataset_files(name):
         try:
             splits = read_content(path, read_bytes(path))
@@ -145,11 +145,10 @@ def read_dataset(name: str) -> Splits:
             forget(path)  # maybe a page of the network that asks to log in
             raise
         for key, dialogs in splits.items():
-            found.setdefault(split or key, []).append(replace(dialogs, split=split_in(str(path))) if split else dialogs)
-    return {
-        split: several[0] if len(several) == 1 else Lazy(partial(chain.from_iterable, several), several[0].split)
-        for split, several in found.items()
-    }
+            if split:  # the file's name tells it, by the word that its dataset has for it
+                key, dialogs = split, replace(dialogs, split=split_in(str(path)))
+            files.setdefault(key, []).append(dialogs)
+    return {split: Lazy(partial(chain.from_iterable, several), several[0].split) for split, several in files.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +186,10 @@ class Dialogs:
             given, order = read_dataset(self.valid_path), ("valid", "all", "train")
         else:
             given, order = self.given, ("valid", "train", "all") if self.whole else ("valid",)
-        return next(((split, given[split]) for split in order if split in given), None)
+        for split in order:
+            if split in given:
+                return split, given[split]
+        return None
 
     @cached_property
     def digest(self) -> tuple[str, str]:
@@ -241,21 +243,21 @@ def hold_out(dialogs: list[Dialog], name: str) -> dict[str, list[Dialog]]:
 
     Dialogs of one conversation stay together, as the one tells what is said in the other.
     """
-    conversations = number_conversations(dialogs)
-    sizes = np.bincount(conversations, minlength=1)
     if len(dialogs) == 1 and len(dialogs[0].utterances) > 1:  # a chat that was saved, say
         log.info(f"{name} holds 1 dialog: its last reply is held out for validation")
         return cut_last_reply(dialogs[0])
+    conversations = number_conversations(dialogs)
+    sizes = np.bincount(conversations, minlength=1)  # dialogs of each
     if len(sizes) < 2:
         count = min(len(dialogs), 1)
         raise UserError(
             f"{name} holds {count} dialog; expected one to train on and one to validate on, or --valid_path"
         )
-    size, held_out = max(1, min(len(dialogs) // 10, 500)), set()
+    room, held_out = max(1, min(len(dialogs) // 10, 500)), set()
     for conversation in np.random.default_rng(SPLIT_SEED).permutation(len(sizes)).tolist():
-        if sizes[conversation] <= size:
+        if sizes[conversation] <= room:
             held_out.add(conversation)
-            size -= sizes[conversation]
+            room -= sizes[conversation]
     held_out = held_out or {int(sizes.argmin())}
     splits = {"train": [], "valid": []}
     for dialog, conversation in zip(dialogs, conversations, strict=True):
@@ -282,17 +284,22 @@ def number_conversations(dialogs: list[Dialog]) -> list[int]:
     count = 0
     seen: dict[tuple, int] = {}  # (turns, whether they are all of a dialog or all but its last) -> its number
     for dialog in dialogs:
-        turns = tuple(text for last in dialog.utterances[-1:] for text in (*last.history, last.candidates[-1]))
-        before = tuple(dialog.utterances[0].history[:-1]) if dialog.utterances else ()  # of a transcript that goes on
-        others = [
-            (turns, "but the last") if len(turns) > 1 else None,
-            (turns[:-1], "all") if len(turns) > 2 else None,
-            (before, "all") if len(before) > 1 else None,
-        ]
-        numbers.append(next((seen[other] for other in others if other in seen), count))
-        count += numbers[-1] == count
-        seen.setdefault((turns, "all"), numbers[-1])
-        seen.setdefault((turns[:-1], "but the last"), numbers[-1])
+        turns = tuple(dialog.turns)
+        before = tuple(dialog.utterances[0].history[:-1]) if turns else ()  # of a transcript that goes on
+        others = []
+        if len(turns) > 1:
+            others.append((turns, "but the last"))
+        if len(turns) > 2:
+            others.append((turns[:-1], "all"))
+        if len(before) > 1:
+            others.append((before, "all"))
+        known = [seen[other] for other in others if other in seen]
+        number = known[0] if known else count
+        if not known:
+            count += 1
+        numbers.append(number)
+        seen.setdefault((turns, "all"), number)
+        seen.setdefault((turns[:-1], "but the last"), number)
     return numbers
 
 

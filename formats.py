@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ from messengers import messenger_of
 from records import (
     FORMATS,
     NO_JSON,
-    SYNONYMS,
     Fields,
     dialog_of,
+    holds_dialog,
     is_turn,
     keys_found,
     message_in,
     persona_in,
     reader_of,
 )
-from turns import Dialog, Message, Notes, dialog_from, normal, warn_once
+from turns import Dialog, Message, Notes, dialog_from, warn_once
 
 Content = bytes | mmap.mmap  # of a file
-Rows = Iterable[tuple[str, Any]]  # records, decoded or as JSON, each after its place for messages
+Rows = Iterator[tuple[str, Any]]  # records, decoded or as JSON, each after its place for messages
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,24 @@ def read_content(path: Path, data: Content) -> Splits:
         )
     start, end = re.search(rb"\S.*|\Z", data).span()  # of the first line that is not blank
     line = memoryview(data)[start:end]  # a view, as the line may be the whole file
-    read = None
     if data[:4] == b"PAR1":
-        read = read_parquet
+        rows = parquet_rows
     elif PARLAI.match(line):
-        read = read_parlai
+        return {"all": Lazy(partial(read_parlai, path, data))}
     elif is_json_lines(line):
-        read = read_json_lines
+        rows = lines_of
     elif re.match(rb"[{[]", line):
         return read_json(path, data)
     elif is_table(line):
-        read = read_table
-    if read is None:
+        rows = table_rows
+    else:
         raise UserError(f"{path}: begins with {bytes(line[:20])!r}; {FORMATS}")
-    return {"all": Lazy(partial(read, path, data))}
+    return {"all": lazy_records(path, rows, path, data)}
+
+
+def lazy_records(path: Path, rows: Callable[..., Rows], *source: Any, split: str = "") -> Lazy:
+    """The dialogs of the records that `rows` makes of its source."""
+    return Lazy(lambda: dialogs_in(path, rows(*source)), split)
 
 
 def reading(place: str) -> AbstractContextManager:
@@ -84,7 +89,7 @@ def reading(place: str) -> AbstractContextManager:
 
 
 def lines_of(path: Path, data: Content) -> Iterator[tuple[str, bytes]]:
-    """The lines that are not blank, each after its place for messages."""
+    """The lines that are not blank, each after its place for messages: of JSON lines, the records."""
     for count, line in enumerate(re.finditer(rb".*\n?", data), 1):
         if line[0].strip():
             yield f"{path}, line {count}", line[0]
@@ -116,16 +121,17 @@ def dialogs_in(path: Path, rows: Rows) -> Iterator[Dialog]:
     last, last_name = None, None
     for place, row in rows:
         with reading(place):
-            fields = Fields(row if isinstance(row, dict) else decode(row))
+            fields = Fields(row if isinstance(row, dict) else decode(row), notes=notes)
             name = fields.get("id")
             if is_turn(fields):
                 conversations.setdefault(str(name), []).append((fields, place))
                 continue
-            dialog = dialog_of(fields, notes)
-        named = name is not None and name == last_name
-        if last and (goes_on(last, dialog) or (named and dialog.personality == last.personality)):
-            last.utterances += dialog.utterances
-            continue
+            dialog = dialog_of(fields)
+        if last and dialog.personality == last.personality:
+            same_name = name is not None and name == last_name
+            if same_name or goes_on(last, dialog):
+                last.utterances += dialog.utterances
+                continue
         if last:
             yield last
         last, last_name = dialog, name
@@ -138,24 +144,24 @@ def dialogs_in(path: Path, rows: Rows) -> Iterator[Dialog]:
 
 def goes_on(dialog: Dialog, other: Dialog) -> bool:
     """Whether `other` begins with all of `dialog`: each line of a transcript is the next reply of one chat."""
-    if not dialog.utterances or not other.utterances or dialog.personality != other.personality:
+    if not dialog.utterances or not other.utterances:
         return False
-    last, longer = dialog.utterances[-1], other.utterances[0].history
-    said = [*last.history, last.candidates[-1]]
-    return len(longer) >= len(said) and longer[: len(said)] == said
+    said = dialog.turns
+    return other.utterances[0].history[: len(said)] == said
 
 
 def conversation(turns: list[tuple[Fields, str]], notes: Notes) -> Dialog:
     """A dialog of which each turn is a record, by the numbers of the turns where all have one."""
     numbers = [str(fields.get("place", 0)) for fields, _ in turns]
-    if all(map(str.isdecimal, numbers)):
-        turns = [turns[i] for i in sorted(range(len(turns)), key=lambda i: int(numbers[i]))]
+    if all(number.isdecimal() for number in numbers):
+        order = sorted(range(len(turns)), key=lambda i: int(numbers[i]))
+        turns = [turns[i] for i in order]
     personality, messages = [], []
     for fields, place in turns:
         with reading(place):
-            persona = persona_in(fields)
-            messages.append(message_in(fields, notes))
-        personality = personality or persona
+            persona = persona_in(fields)  # of every turn: what is not asked for counts as not read
+            personality = personality or persona
+            messages.append(message_in(fields))
     return dialog_from(personality, messages, notes)
 
 
@@ -166,15 +172,16 @@ def conversation(turns: list[tuple[Fields, str]], notes: Notes) -> Dialog:
 
 def is_json_lines(line: bytes | memoryview) -> bool:
     """Whether the first line is an object that is no document of splits or of a list."""
-    found = object_in(line)
-    documents = SYNONYMS["training split"] + SYNONYMS["validation split"] + SYNONYMS["rows"] + ["all"]
-    return is_record(line) or (bool(found) and not any(normal(key) in documents for key in found))
+    fields = Fields(object_in(line))
+    if holds_dialog(fields):
+        return True
+    is_document = any(map(fields.has, ("train", "valid", "all", "rows")))
+    return bool(fields.record) and not is_document
 
 
 def is_record(line: bytes | memoryview) -> bool:
     """Whether a line is a JSON object with a dialog in it, or with a turn of one."""
-    fields = Fields(object_in(line))
-    return reader_of(fields) is not None or is_turn(fields)
+    return holds_dialog(Fields(object_in(line)))
 
 
 def object_in(line: bytes | memoryview) -> dict[str, msgspec.Raw]:
@@ -185,25 +192,26 @@ def object_in(line: bytes | memoryview) -> dict[str, msgspec.Raw]:
         return {}
 
 
-def read_json_lines(path: Path, data: Content) -> Iterator[Dialog]:
-    return dialogs_in(path, lines_of(path, data))
-
-
 def read_json(path: Path, data: Content) -> Splits:
     """A list of records, an object that holds such a list, maybe one for each split, or one record."""
     with reading(str(path)):
         found = decode(data, list[msgspec.Raw] | dict[str, msgspec.Raw])
     if isinstance(found, list):
-        return {"all": Lazy(partial(read_list, path, "$", found))}
+        return {"all": lazy_records(path, list_rows, path, "$", found)}
     fields = Fields(found)
     keys, rows = name_splits(found, path), fields.key("rows")
     if not keys and rows and holds_records(found[rows]):
         keys = {"all": rows}
-    if keys:
-        return {split: list_under(path, key, found[key]) for split, key in keys.items()}
+    splits = {}
+    for split, key in keys.items():
+        with reading(f"{path}, $.{key}"):
+            records = decode(found[key], list[msgspec.Raw])
+        splits[split] = lazy_records(path, list_rows, path, f"$.{key}", records, split=key)
+    if splits:
+        return splits
     if reader_of(fields) is None:
         raise UserError(f"{path}: has the keys {keys_found(found)}, expected train and valid; {FORMATS}")
-    return {"all": Lazy(partial(dialogs_in, path, [(f"{path}, $", data[:])]))}
+    return {"all": lazy_records(path, iter, [(f"{path}, $", data[:])])}
 
 
 def holds_records(value: msgspec.Raw) -> bool:
@@ -211,24 +219,15 @@ def holds_records(value: msgspec.Raw) -> bool:
     return re.match(rb"\[\s*\{", value) is not None and is_record(decode(value, list[msgspec.Raw])[0])
 
 
-def list_under(path: Path, key: str, value: msgspec.Raw) -> Lazy:
-    with reading(f"{path}, $.{key}"):
-        return Lazy(partial(read_list, path, f"$.{key}", decode(value, list[msgspec.Raw])), key)
-
-
-def read_list(path: Path, where: str, records: list[msgspec.Raw]) -> Iterator[Dialog]:
-    return dialogs_in(path, ((f"{path}, {where}[{i}]", record) for i, record in enumerate(records)))
+def list_rows(path: Path, where: str, records: list[msgspec.Raw]) -> Rows:
+    for i, record in enumerate(records):
+        yield f"{path}, {where}[{i}]", record
 
 
 def name_splits(found: Iterable[str], path: Path) -> dict[str, str]:
     """Which of the names that were found is "train", "valid" or "all". Others are named, as they are not read."""
-    words = {normal(name): name for name in found}
-    synonyms = {"train": SYNONYMS["training split"], "valid": SYNONYMS["validation split"], "all": ["all"]}
-    splits = {}
-    for split, names in synonyms.items():
-        present = [words[name] for name in names if name in words]
-        if present:
-            splits[split] = present[0]
+    names = Fields(dict.fromkeys(found))
+    splits = {split: names.key(split) for split in ("train", "valid", "all") if names.has(split)}
     others = [name for name in found if name not in splits.values()]
     if splits and others:
         read = ", ".join(splits.values())
@@ -247,20 +246,15 @@ def is_table(line: bytes | memoryview) -> bool:
         header = next(csv.reader([bytes(line[:10_000]).decode()], delimiter=delimiter_of(bytes(line))), [])
     except (UnicodeDecodeError, csv.Error):
         return False
-    fields = Fields(dict.fromkeys(filter(None, header)))
-    return len(header) > 1 and (reader_of(fields) is not None or is_turn(fields))
+    return len(header) > 1 and holds_dialog(Fields(dict.fromkeys(filter(None, header))))
 
 
 def delimiter_of(line: bytes) -> str:
     return max("\t,;", key=lambda delimiter: line.count(delimiter.encode()))
 
 
-def read_table(path: Path, data: Content) -> Iterator[Dialog]:
-    """CSV or TSV, its columns named in the first line."""
-    return dialogs_in(path, table_rows(path, data))
-
-
 def table_rows(path: Path, data: Content) -> Rows:
+    """CSV or TSV, its columns named in the first line."""
     csv.field_size_limit(2**31 - 1)  # a cell may hold a dialog
     delimiter = delimiter_of(data[: data.find(b"\n") + 1 or len(data)])
     lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="")
@@ -276,19 +270,17 @@ def table_rows(path: Path, data: Content) -> Rows:
         yield place, {name: cell for name, cell in row.items() if name}
 
 
-def read_parquet(path: Path, data: Content) -> Iterator[Dialog]:
+def parquet_rows(path: Path, data: Content) -> Rows:
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path} is parquet, for which a package is missing: pip install -r requirements-data.txt")
-    return dialogs_in(path, ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path, data))))
-
-
-def parquet_rows(path: Path, data: Content) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException, BufferReader
     from pyarrow.parquet import ParquetFile
 
     with explain_errors(f"cannot read {path}", "expected a whole parquet file", ArrowException, OSError):
-        for batch in ParquetFile(BufferReader(data)).iter_batches(1000):
-            yield from batch.to_pylist()
+        batches = ParquetFile(BufferReader(data)).iter_batches(1000)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for i, row in enumerate(rows):
+            yield f"{path}, row {i}", row
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,11 +333,14 @@ def parlai_line(place: str, line: bytes) -> tuple[int, list[Message], bool]:
             raise UserError(f"{place}: expected a line number first, found '{digits[:20]}'; {FORMATS}")
         number = int(digits)
         text, labels, _, candidates = (*content.split("\t"), "", "", "")[:4]
-    text, labels, candidates = (
-        [part.strip().replace("\\n", "\n") for part in parts if part.strip()]
-        for parts in ([text], labels.split("|"), candidates.split("|"))
-    )
-    messages = [Message("user", *text)] if text else []
-    if labels:
-        messages.append(Message("assistant", labels[0], distractors=candidates, alternatives=labels[1:]))
+    said, right = parlai_texts([text]), parlai_texts(labels.split("|"))
+    messages = [Message("user", *said)] if said else []
+    if right:
+        distractors = parlai_texts(candidates.split("|"))
+        messages.append(Message("assistant", right[0], distractors=distractors, alternatives=right[1:]))
     return number, messages, ends
+
+
+def parlai_texts(texts: list[str]) -> list[str]:
+    """Those of some texts that are not blank, without the escapes that ParlAI writes for line breaks."""
+    return [text.strip().replace("\\n", "\n") for text in texts if text.strip()]

@@ -2,17 +2,17 @@
 
 import base64
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cli import UserError, explain_errors, log
-from dialogs import read_bytes
 from files import typed_path
 from formats import decode, is_record, read_content
-from records import NO_JSON, SYNONYMS, Fields, persona_in, persona_of, texts_in
-from turns import PERSONA_LINE, normal
+from records import NO_JSON, SYNONYMS, Fields, persona_in, persona_of, texts_in, typed
+from turns import normal, persona_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PERSONA_FILES = "expected a sentence in each line, JSON, a dataset or a character card"
@@ -26,18 +26,19 @@ def read_persona(name: str, option: str) -> list[str]:
     Args:
         option: what named the file, for messages.
     """
+    path, source = typed_path(name), f"{option} {name}"
     try:
-        data = typed_path(name).read_bytes()
+        data = path.read_bytes()
         text = card_in_png(data) if data.startswith(PNG) else data.decode("utf-8-sig")
     except (OSError, ValueError) as error:  # the second of base64 too
-        raise UserError(f"cannot read {option} {name}: {error}; expected UTF-8 text") from error
-    source = f"{option} {name}"
+        raise UserError(f"cannot read {source}: {error}; expected UTF-8 text") from error
     if text.lstrip()[:1] in ("{", "["):
-        sentences = persona_in_json(text, source, typed_path(name))
+        sentences = persona_in_json(text, source, path)
     elif re.match(r"\s*\d+ (your|partner'?s) persona\s*:", text, re.I):
-        sentences = persona_in_dataset(typed_path(name), source)
+        sentences = persona_in_dataset(text, source, path)
     else:
-        sentences = [sentence for line in text.splitlines() for sentence in persona_in_line(line.strip())]
+        sentences = [persona_in_line(line.strip()) for line in text.splitlines()]
+        sentences = list(chain.from_iterable(sentences))
     sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
     if not sentences:
         raise UserError(f"{source} holds no persona; {PERSONA_FILES}")
@@ -49,17 +50,20 @@ def persona_in_line(line: str) -> list[str]:
     if re.match(r"#+ |---|\.\.\.$|```", line):
         return []
     line = BULLET.sub("", line, count=1) if BULLET.match(line) else line
-    if found := PERSONA_LINE.fullmatch(line):
-        return [found[2]] if found[1].lower() == "your" else []
+    sentence = persona_line(line)
+    if sentence is not None:
+        return [sentence]
     key, colon, value = line.partition(":")
-    if colon and normal(key) in (*SYNONYMS["persona"], *CARD_KEYS):
-        value = value.strip()
-        if value in ("", "|", ">", "|-", ">-"):
-            return []
-        return re.findall(r"[^\s,\"'][^,\"']*", value[1:-1]) if value[0] + value[-1] == "[]" else [unquoted(value)]
-    if colon and normal(key) == "name" and value.strip():
-        return [f"My name is {unquoted(value.strip())}."]
-    return [unquoted(line)]
+    key, value = normal(key), value.strip()
+    if colon and key == "name" and value:
+        return [f"My name is {unquoted(value)}."]
+    if not colon or key not in (*SYNONYMS["persona"], *CARD_KEYS):
+        return [unquoted(line)]
+    if value in ("", "|", ">", "|-", ">-"):  # the sentences follow on lines of their own
+        return []
+    if value[0] + value[-1] == "[]":
+        return re.findall(r"[^\s,\"'][^,\"']*", value[1:-1])
+    return [unquoted(value)]
 
 
 def unquoted(text: str) -> str:
@@ -72,20 +76,20 @@ def persona_in_json(text: str, source: str, path: Path) -> list[str]:
             found = decode(text.encode(), dict[str, Any] | list[Any])
         except msgspec.DecodeError:
             if is_record(text.encode().lstrip().partition(b"\n")[0]):  # JSON lines
-                return persona_in_dataset(path, source)
+                return persona_in_dataset(text, source, path)
             raise
         if isinstance(found, list):
             nested = any(isinstance(each, list | dict) for each in found)
-            return persona_in_dataset(path, source) if nested else texts_in(found, "$")
+            return persona_in_dataset(text, source, path) if nested else texts_in(found, "$")
         card = found["data"] if isinstance(found.get("data"), dict) else found
         if any(isinstance(card.get(key), str) for key in CARD_KEYS):
             return persona_in_card(card, source)
-        return persona_in(Fields(found)) or persona_in_dataset(path, source)
+        return persona_in(Fields(found)) or persona_in_dataset(text, source, path)
 
 
 def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
     """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
-    name = card.get("name") or ""
+    name = str(typed(card.get("name") or "", str | int | float, "$.name"))
     sentences = [f"My name is {name}."] if name else []
     for key in CARD_KEYS:
         sentences += persona_of(card.get(key) or "", f"$.{key}")
@@ -107,10 +111,12 @@ def card_in_png(data: bytes) -> str:
     raise OSError("a picture without a character card")
 
 
-def persona_in_dataset(path: Path, source: str) -> list[str]:
-    """The first persona of a dataset."""
-    personas = [dialog.personality for dialogs in read_content(path, read_bytes(path)).values() for dialog in dialogs]
-    personas = [persona for persona in personas if persona]
-    if len({tuple(persona) for persona in personas}) > 1:
+def persona_in_dataset(text: str, source: str, path: Path) -> list[str]:
+    """The first persona of a dataset. The path is for messages: what comes through a pipe is read only once."""
+    dialogs = chain.from_iterable(read_content(path, text.encode()).values())
+    personas = [dialog.personality for dialog in dialogs if dialog.personality]
+    if not personas:
+        return []
+    if any(persona != personas[0] for persona in personas):
         log.info(f"{source} is a dataset of {len(personas)} personas: the first one is taken")
-    return personas[0] if personas else []
+    return personas[0]

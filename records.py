@@ -11,7 +11,6 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import msgspec
@@ -52,11 +51,13 @@ KEYS = {
     "speaker": "role from speaker author sender speakerid speakeridx user",
     "content": "content value text message utterance",
     "weight": "weight train trainable",
+    "tool call": "toolcalls functioncall",
     "free": "freemessages",
     "guided": "guidedmessages",
     "rows": "data dialogs dialogues conversations rows examples",
-    "training split": "train training",
-    "validation split": "validation valid val dev eval test",  # where there are several, the first of these
+    "train": "train training",
+    "valid": "validation valid val dev eval test",  # where there are several, the first of these
+    "all": "all",  # of a file without splits
 }
 SYNONYMS = {name: words.split() for name, words in KEYS.items()}
 UNSPOKEN = re.compile(f"{SILENCE.pattern}|{PERSONA_LINE.pattern}", re.I)  # what a history may hold beside utterances
@@ -69,16 +70,24 @@ FORMATS = "expected PersonaChat JSON, JSON lines, CSV, parquet or ParlAI text (s
 
 
 class Fields:
-    """The keys of an object, found by any of their synonyms. where: the object's place in its record, for messages."""
+    """An object whose keys are found by any of their synonyms.
 
-    def __init__(self, record: dict[str, Any], where: str = "$"):
-        self.record, self.where = record, where
+    Args:
+        where: the object's place in its record, for messages.
+        notes: where what is not read of it is counted.
+    """
+
+    def __init__(self, record: dict[str, Any], where: str = "$", notes: Notes | None = None):
+        self.record, self.where, self.notes = record, where, notes
         self.keys = {normal(key): key for key in record}
         self.read: set[str] = set()
 
     def key(self, name: str) -> str | None:
         """The key, as it is written, that holds what `KEYS` calls `name`."""
-        return next((self.keys[word] for word in SYNONYMS[name] if word in self.keys), None)
+        for word in SYNONYMS[name]:
+            if word in self.keys:
+                return self.keys[word]
+        return None
 
     def has(self, *names: str) -> bool:
         return all(self.key(name) is not None for name in names)
@@ -93,10 +102,16 @@ class Fields:
     def place(self, name: str) -> str:
         return f"{self.where}.{self.key(name)}"
 
-    def note_unread(self, notes: Notes) -> None:
+    def texts(self, name: str) -> list[str]:
+        return texts_in(self.get(name, []), self.place(name))
+
+    def messages(self, name: str) -> list[Message]:
+        return messages_of(self.get(name, []), self.place(name), self.notes)
+
+    def note_unread(self) -> None:
         for key, value in self.record.items():
             if key not in self.read and value not in (None, "", [], {}):
-                notes[f"the key {key}"] += 1
+                self.notes[f"the key {key}"] += 1
 
 
 def keys_found(keys: Iterable[str]) -> str:
@@ -108,7 +123,7 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        message, _, inner = str(error).partition(" - at `$")
+        message, _, inner = str(error).partition(" - at `$")  # msgspec's place inside the value
         raise ValueError(f"{message} - at `{where}{inner or '`'}") from error
 
 
@@ -134,7 +149,7 @@ def unpacked(value: Any) -> Any:
         for parse in (json.loads, python_literal):
             with contextlib.suppress(*NO_JSON, SyntaxError, MemoryError):
                 found = parse(value)
-                if isinstance(found, list | dict):
+                if isinstance(found, list | dict):  # Python's sets and tuples are none
                     return found
     return value
 
@@ -154,8 +169,11 @@ def rows_of(value: Any) -> Any:
 
 def persona_in(fields: Fields) -> list[str]:
     """The sentences of the keys for a persona and for a system prompt."""
-    values = [(fields.get(name), fields.place(name)) for name in ("persona", "system")]
-    return [sentence for value, where in values if value for sentence in persona_of(value, where)]
+    sentences = []
+    for name in ("persona", "system"):
+        if value := fields.get(name):
+            sentences += persona_of(value, fields.place(name))
+    return sentences
 
 
 def persona_of(value: Any, where: str) -> list[str]:
@@ -163,13 +181,16 @@ def persona_of(value: Any, where: str) -> list[str]:
     value = unpacked(value)
     if isinstance(value, str):
         return split_sentences(value)
+    if value == {}:
+        return []
     if isinstance(value, dict):
-        roles = roles_of(list(map(str, value)))
-        ours = [name for name in value if roles[str(name)] == "assistant"] or list(value)
-        return persona_of(value[ours[0]], f"{where}.{ours[0]}") if ours else []
+        roles = roles_of([str(name) for name in value])
+        ours = [name for name in value if roles[str(name)] == "assistant"]
+        bot = ours[0] if ours else list(value)[0]
+        return persona_of(value[bot], f"{where}.{bot}")
     if isinstance(value, list) and any(isinstance(each, list | dict) for each in value):
-        second = min(1, len(value) - 1)
-        return persona_of(value[second], f"{where}[{second}]")
+        bot = min(1, len(value) - 1)
+        return persona_of(value[bot], f"{where}[{bot}]")
     return texts_in(value, where)
 
 
@@ -178,9 +199,11 @@ def messages_of(value: Any, where: str, notes: Notes) -> list[Message]:
     items = rows_of(value)
     if isinstance(items, str):
         return lines_of_chat(items)
-    # A null is a turn without text: where turns alternate, it must not change whose the next ones are.
-    items = ["" if item is None else item for item in flat(typed(items, list, where))]
-    return [message_of(item, f"{where}[{i}]", notes) for i, item in enumerate(items)]
+    messages = []
+    for i, item in enumerate(flat(typed(items, list, where))):
+        # A null is a turn without text: where turns alternate, it must not change whose the next ones are.
+        messages.append(message_of("" if item is None else item, f"{where}[{i}]", notes))
+    return messages
 
 
 def lines_of_chat(text: str) -> list[Message]:
@@ -197,7 +220,10 @@ def flat(items: list) -> list:
     pairs = [item for item in items if item is not None]
     if all(isinstance(item, list) and len(item) == 2 for item in pairs) and are_speakers([item[0] for item in pairs]):
         return items
-    return list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items))
+    turns = []
+    for item in items:
+        turns += item if isinstance(item, list) else [item]
+    return turns
 
 
 def are_speakers(firsts: list) -> bool:
@@ -215,12 +241,12 @@ def message_of(item: Any, where: str, notes: Notes) -> Message:
     if isinstance(item, list):
         speaker, text = typed(item, tuple[str | int, str], where)
         return Message(str(speaker), text)
-    return message_in(Fields(typed(item, str | dict[str, Any], where), where), notes)
+    return message_in(Fields(typed(item, str | dict[str, Any], where), where, notes))
 
 
-def message_in(fields: Fields, notes: Notes) -> Message:
+def message_in(fields: Fields) -> Message:
     """The message that an object holds."""
-    if not fields.has("content") and not fields.keys.keys() & {"toolcalls", "functioncall"}:
+    if not fields.has("content") and not fields.has("tool call"):
         found = keys_found(fields.record)
         raise ValueError(f"a message has the keys {found}, expected role and content - at `{fields.where}`")
     fields.read.add("id")  # of the speaker in ParlAI's acts, of the message elsewhere
@@ -228,27 +254,27 @@ def message_in(fields: Fields, notes: Notes) -> Message:
     if isinstance(speaker, dict):
         speaker = speaker.get("name") or speaker.get("role")
     if speaker is not None:
-        speaker = str(typed(speaker, str | int | bool, f"{fields.where}.{fields.key('speaker') or 'id'}"))
-    text = text_of(fields.get("content"), fields.place("content"), notes)
+        key = fields.key("speaker") or "id"
+        speaker = str(typed(speaker, str | int | bool, f"{fields.where}.{key}"))
+    text = text_in(fields, "content")
     learned = str(fields.get("weight", 1)).lower() not in ("0", "0.0", "false")
-    distractors = texts_in(fields.get("candidates", []), fields.place("candidates"))
-    fields.note_unread(notes)
+    distractors = fields.texts("candidates")
+    fields.note_unread()
     return Message(speaker, text, learned, distractors)
 
 
-def text_of(content: Any, where: str, notes: Notes) -> str:
-    """The text of a message: a string, a number, nothing, or parts of which some may be pictures."""
-    if content is None:
-        return ""
+def text_in(fields: Fields, name: str) -> str:
+    """The text under a key: a string, a number, nothing, or parts of which some may be pictures."""
+    content = fields.get(name, "")
     if isinstance(content, str | int | float):
         return str(content)
     texts = []
     for i, part in enumerate(content if isinstance(content, list) else [content]):
-        text = part.get("text") if isinstance(part, dict) else typed(part, str, f"{where}[{i}]")
+        text = part.get("text") if isinstance(part, dict) else typed(part, str, f"{fields.place(name)}[{i}]")
         if isinstance(text, str):
             texts.append(text)
         else:
-            notes["parts of messages that are no text"] += 1
+            fields.notes["parts of messages that are no text"] += 1
     return " ".join(texts)
 
 
@@ -257,70 +283,81 @@ def text_of(content: Any, where: str, notes: Notes) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_chat(fields: Fields, notes: Notes) -> Dialog:
+def read_chat(fields: Fields) -> Dialog:
     """`dialog`, `messages`, `conversations` and the like: turns of many kinds, or PersonaChat's utterances."""
-    personality, where = persona_in(fields), fields.place("turns")
+    personality = persona_in(fields)
     items = rows_of(fields.get("turns", []))
     if items and isinstance(items, list) and isinstance(items[0], dict) and is_utterance(Fields(items[0])):
-        rows = [read_utterance(Fields(item, f"{where}[{i}]"), notes) for i, item in enumerate(items)]
-        personality = personality or next((row.personality for row in rows if row.personality), [])
-        return Dialog(personality, [utterance for row in rows for utterance in row.utterances])
-    messages = messages_of(items, where, notes)
+        return read_utterances(personality, items, fields)
+    messages = fields.messages("turns")
     acts = fields.record.get(fields.key("history"))
     if isinstance(acts, list) and all(isinstance(act, dict) for act in acts):  # the context of ParlAI's conversations
-        messages = messages_of(fields.get("history"), fields.place("history"), notes) + messages
-    return dialog_from(personality, messages, notes)
+        messages = fields.messages("history") + messages
+    return dialog_from(personality, messages, fields.notes)
+
+
+def read_utterances(personality: list[str], items: list, fields: Fields) -> Dialog:
+    """PersonaChat's utterances: each has its whole history, and maybe the persona."""
+    dialog = Dialog(personality, [])
+    for i, item in enumerate(items):
+        row = read_utterance(Fields(item, f"{fields.place('turns')}[{i}]", fields.notes))
+        dialog.personality = dialog.personality or row.personality
+        dialog.utterances += row.utterances
+    return dialog
 
 
 def is_utterance(fields: Fields) -> bool:
     return fields.has("history") or (fields.has("candidates") and not fields.has("content"))
 
 
-def read_utterance(fields: Fields, notes: Notes) -> Dialog:
+def read_utterance(fields: Fields) -> Dialog:
     """One reply with its history and candidates, as PersonaChat has it: a dialog of one utterance, or of none."""
     personality = persona_in(fields)
-    persona, history = read_history(fields, notes)
-    reply, wrong = fields.get("reply"), texts_in(fields.get("candidates", []), fields.place("candidates"))
-    if reply is not None:
-        right = texts_in(reply if isinstance(reply, list) else [reply], fields.place("reply"))
-        wrong = [text for text in wrong if text not in right]
-    elif wrong:
-        *wrong, gold = wrong
-        right = [gold]
-    elif fields.get("candidates") is None:
-        raise ValueError(f"Object missing required field `candidates` - at `{fields.where}`")
-    else:
-        raise ValueError(f"Expected `array` of length >= 1 - at `{fields.place('candidates')}`")
+    persona, history = read_history(fields)
+    right, wrong = read_candidates(fields)
     dialog = Dialog(personality + persona, [])
     if right and right[0].strip() and not SILENCE.fullmatch(right[0]):
         dialog.utterances.append(Utterance(history, [*wrong, right[0]], right[1:]))
     else:
-        notes["empty replies"] += 1
+        fields.notes["empty replies"] += 1
     return dialog
 
 
-def read_history(fields: Fields, notes: Notes) -> tuple[list[str], list[str]]:
+def read_history(fields: Fields) -> tuple[list[str], list[str]]:
     """The persona in a reply's history, and the utterances."""
     if not fields.has("history"):
         raise ValueError(f"Object missing required field `history` - at `{fields.where}`")
     history = rows_of(fields.get("history", []))
     if isinstance(history, list) and all(isinstance(text, str) and not UNSPOKEN.match(text) for text in history):
         return [], history  # nearly always; a dataset has a million of them
-    messages = before_reply(messages_of(history, fields.place("history"), notes))
-    persona, spoken = spoken_in(with_roles(messages), notes)
+    messages = before_reply(fields.messages("history"))
+    persona, spoken = spoken_in(with_roles(messages), fields.notes)
     return persona, [text for _, text, _ in joined_turns(spoken)]
 
 
-def read_pair(fields: Fields, notes: Notes) -> Dialog:
+def read_candidates(fields: Fields) -> tuple[list[str], list[str]]:
+    """The right replies and the distractors. Without a key for the reply, the last candidate is the right one."""
+    reply, candidates = fields.get("reply"), fields.texts("candidates")
+    if reply is not None:
+        right = texts_in(reply if isinstance(reply, list) else [reply], fields.place("reply"))
+        return right, [text for text in candidates if text not in right]
+    if fields.get("candidates") is None:
+        raise ValueError(f"Object missing required field `candidates` - at `{fields.where}`")
+    if not candidates:
+        raise ValueError(f"Expected `array` of length >= 1 - at `{fields.place('candidates')}`")
+    return candidates[-1:], candidates[:-1]
+
+
+def read_pair(fields: Fields) -> Dialog:
     """Prompt and completion, or instruction, input and output; any of them may be messages."""
     asked = "prompt" if fields.has("prompt") else "input"
-    history, prompt, reply = (told(fields, name, notes) for name in ("history", asked, "reply"))
+    history, prompt, reply = told(fields, "history"), told(fields, asked), told(fields, "reply")
     several = isinstance(reply, list) and len(reply) > 1 and all(message.speaker is None for message in reply)
     if isinstance(prompt, str):
         # What Alpaca's input and Dolly's context hold is what the instruction is about.
-        about = text_of(fields.get("input"), fields.place("input"), notes) if asked == "prompt" else ""
-        texts = [prompt, about, history if isinstance(history, str) else ""]
-        prompt = [Message("user", "\n".join(filter(None, texts)))]
+        about = text_in(fields, "input") if asked == "prompt" else ""
+        context = history if isinstance(history, str) else ""
+        prompt = [Message("user", "\n".join(filter(None, [prompt, about, context])))]
     elif several:  # the columns of a table: many prompts, and a reply to each
         typed(fields.get("reply"), str, fields.place("reply"))
     if isinstance(reply, str):
@@ -328,34 +365,32 @@ def read_pair(fields: Fields, notes: Notes) -> Dialog:
     elif several:  # each of them is right
         reply = [Message("assistant", reply[0].text, alternatives=[message.text for message in reply[1:]])]
     messages = before_reply(prompt if isinstance(history, str) else history + prompt)
-    if {message.text for message in messages[-1:]} & {message.text for message in reply[:-1]}:
+    if messages and messages[-1].text in [message.text for message in reply[:-1]]:
         messages = []  # in preference data, the reply's messages begin with those of the prompt
-    reply = [message._replace(speaker=message.speaker or "assistant") for message in reply]
-    return dialog_from(persona_in(fields), messages + reply, notes)
+    messages += [message._replace(speaker=message.speaker or "assistant") for message in reply]
+    return dialog_from(persona_in(fields), messages, fields.notes)
 
 
-def told(fields: Fields, name: str, notes: Notes) -> str | list[Message]:
+def told(fields: Fields, name: str) -> str | list[Message]:
     """The text that a key holds, or its messages. A text that looks like a list of anything else is a text.
 
     The text of a history is a line a turn, where that of a context is what the message is about.
     """
-    value, where = fields.get(name, ""), fields.place(name)
-    if isinstance(value, dict):
-        value = [value]
-    found = unpacked(value)
-    listed = isinstance(found, list) and all(isinstance(item, dict) and Fields(item).has("content") for item in found)
-    turns = name == "history" and "history" in fields.keys
-    if turns or isinstance(value, list) or (listed and found):
-        return messages_of(found, where, notes)
-    return text_of(value, where, notes)
+    value = fields.get(name, "")
+    found = unpacked([value] if isinstance(value, dict) else value)
+    is_turns = name == "history" and "history" in fields.keys
+    if isinstance(found, list):
+        has_messages = all(isinstance(item, dict) and Fields(item).has("content") for item in found)
+        is_turns = is_turns or not isinstance(value, str) or (found and has_messages)
+    return messages_of(found, fields.place(name), fields.notes) if is_turns else text_in(fields, name)
 
 
-def read_blended(fields: Fields, notes: Notes) -> Dialog:
+def read_blended(fields: Fields) -> Dialog:
     """The hub's BlendedSkillTalk: what each speaker said in a list of its own; the guided one has the persona."""
-    free, guided = (texts_in(fields.get(name, []), fields.place(name)) for name in ("free", "guided"))
-    pairs = zip(free, guided, strict=False)
-    messages = [Message(side, text) for pair in pairs for side, text in zip(SIDES, pair, strict=True)]
-    return dialog_from(persona_in(fields), messages, notes)
+    messages = []
+    for texts in zip(fields.texts("free"), fields.texts("guided"), strict=False):
+        messages += map(Message, SIDES, texts)
+    return dialog_from(persona_in(fields), messages, fields.notes)
 
 
 # What a record must hold, and its reader; the first that fits.
@@ -372,8 +407,11 @@ EXPECTED = (
 )
 
 
-def reader_of(fields: Fields) -> Callable[[Fields, Notes], Dialog] | None:
-    return next((reader for names, reader in RECORDS if fields.has(*names)), None)
+def reader_of(fields: Fields) -> Callable[[Fields], Dialog] | None:
+    for names, reader in RECORDS:
+        if fields.has(*names):
+            return reader
+    return None
 
 
 def is_turn(fields: Fields) -> bool:
@@ -385,13 +423,17 @@ def is_turn(fields: Fields) -> bool:
     return reader_of(fields) is None and (fields.has("id") or fields.has("speaker")) and not is_utterance(fields)
 
 
-def dialog_of(fields: Fields, notes: Notes) -> Dialog:
+def holds_dialog(fields: Fields) -> bool:
+    """Whether a record holds a dialog, or a turn of one."""
+    return reader_of(fields) is not None or is_turn(fields)
+
+
+def dialog_of(fields: Fields) -> Dialog:
     """The dialog in a record. Raises ValueError with what is wrong."""
     reader = reader_of(fields)
     if reader is None:
         raise ValueError(f"has the keys {keys_found(fields.record)}; {EXPECTED} - at `$`")
-    dialog = reader(fields, notes)
-    for name in ("id", "place"):
-        fields.get(name)
-    fields.note_unread(notes)
+    dialog = reader(fields)
+    fields.read |= {fields.key("id"), fields.key("place")}
+    fields.note_unread()
     return dialog

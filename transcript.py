@@ -120,5 +120,4 @@ def last_dialog(name: str) -> tuple[list[str], list[str]]:
     if not last:
         raise UserError(f"{name} holds no dialog; choose another file")
     (dialog,) = last
-    histories = [(*reply.history, reply.candidates[-1]) for reply in dialog.utterances[-1:]]  # one, or none
-    return dialog.personality, list(chain.from_iterable(histories))
+    return dialog.personality, dialog.turns

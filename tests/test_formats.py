@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import os
 import re
 import struct
 import zlib
@@ -275,6 +276,23 @@ def test_persona_in_a_picture(tmp_path):
     path = tmp_path / "card.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"\0" * 13) + chunk(b"tEXt", text) + chunk(b"IEND", b""))
     assert read_persona(str(path), "--personality_file") == ["My name is Bruno.", "kind", "a shop"]
+
+
+def test_a_card_whose_name_is_no_text_is_one_line(tmp_path):
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"name": ["Bruno"], "description": "{{char}} bakes."}))
+    with pytest.raises(UserError, match=re.escape("got `array` - at `$.name`")):
+        read_persona(str(path), "--personality_file")
+
+
+def test_a_persona_in_a_dataset_that_comes_through_a_pipe():
+    reader, writer = os.pipe()
+    with open(writer, "w") as file:
+        file.write(lines({"persona": PERSONA, "dialog": ["hi", "hello"]}))
+    try:
+        assert read_persona(f"/dev/fd/{reader}", "--personality_file") == PERSONA
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", "{}"])

@@ -47,6 +47,7 @@ REPOSITORIES = {
     ("me/json", "refs/convert/parquet"): {"default/train/0000.parquet": parquet("converted")},
     ("me/two", "main"): {"one/train/0000.parquet": parquet("one"), "two/train/0000.parquet": parquet("two")},
     ("me/two", "v2"): {"one/train/0000.parquet": parquet("newer")},
+    ("me/unsplit", "main"): {"chats.parquet": parquet("whole")},
     ("me/none", "main"): {"notes.txt": b"x"},
     ("me/none", "refs/convert/parquet"): {},
 }
@@ -112,6 +113,7 @@ def hub(tmp_path_factory):
     [
         ("me/plain", "{'train': [['trained']], 'valid': [['validated']]}"),
         ("me/json", "{'train': [['converted']]}"),
+        ("me/unsplit", "{'all': [['whole']]}"),
         ("me/two:two", "{'train': [['two']]}"),
         ("me/two:one@v2", "{'train': [['newer']]}"),
         ("me/two", "the dataset 'me/two' has the configurations one, two; pass 'me/two:NAME'"),
