@@ -8,7 +8,6 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +292,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int):
 
 
 CACHE_VERSION = 4
+CHUNK = 4096  # strings that are tokenised at once
 
 
 def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progress: bool = True) -> dict[str, Split]:
@@ -335,11 +335,14 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
     if not len(arrays["valid.dialogs"]):
         raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
     tokens = Ragged()
-    strings = iter(progress_bar(numbers, "tokenise", unit=" strings", disable=not progress))
-    # In chunks: the library works on many texts in parallel, and Python's lists of all their ids would fill memory.
-    while chunk := list(islice(strings, 4096)):
-        for ids in tokenizer.encode(chunk):
-            tokens.append(ids)
+    strings = list(numbers)
+    with progress_bar(total=len(strings), desc="tokenise", unit=" strings", disable=not progress) as bar:
+        # The library works on many texts in parallel. Python's lists of the ids of all of them would fill memory.
+        for start in range(0, len(strings), CHUNK):
+            chunk = strings[start : start + CHUNK]
+            for ids in tokenizer.encode(chunk):
+                tokens.append(ids)
+            bar.update(len(chunk))  # not before: the rate is that of the work
     texts = [string.encode("utf-8", "replace") for string in numbers]
     text_offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     return arrays | {
