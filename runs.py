@@ -2,22 +2,26 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
 
 from checkpoints import Progress
 from cli import UserError, explain_errors, log, printable
 from files import UNFINISHED, lock, make_folder, remove_unfinished, whole_files
 from model_files import ADAPTER
+from progress import progress_bar
 
 RUNS = Path(__file__).resolve().parent / "runs"
 
@@ -183,42 +187,69 @@ def write_settings(folder: Path, model, tokenizer, settings) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class RunLog:
-    """`log.jsonl` and TensorBoard's events of a run; rank 0 writes them.
+@contextlib.contextmanager
+def progress_bars(trainer: Engine, evaluator: Engine) -> Iterator[None]:
+    """A bar for the steps of an epoch and one for the batches of an evaluation, while the body runs;
+    lines, where standard error is no terminal."""
+    layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+    bars = [
+        ProgressBar(bar_format=layout, desc="train", unit="step"),
+        ProgressBar(bar_format=layout, desc="evaluate", unit="batch"),
+    ]
+    for bar in bars:
+        bar.pbar_cls = progress_bar
 
-    Attributes:
-        board: TensorBoard's writer, to be closed.
+    def postfix(output: dict[str, float]) -> dict[str, float]:
+        skipped = {"skipped": output["skipped"]} if output["skipped"] else {}
+        return {name: output[name] for name in ("loss", "utterances/s")} | skipped
+
+    bars[0].attach(trainer, output_transform=postfix)
+    bars[1].attach(evaluator)
+    try:
+        yield
+    finally:
+        for bar in bars:
+            if bar.pbar is not None:
+                bar.pbar.close()  # so that what is said next begins a line of its own
+
+
+@contextlib.contextmanager
+def logging_to(
+    folder: Path, trainer: Engine, evaluator: Engine, progress: Progress, sample: Callable[[], list[dict]]
+) -> Iterator[None]:
+    """Write `log.jsonl` and TensorBoard events while the body runs.
+
+    Args:
+        sample: gives the replies that are shown after each evaluation.
     """
+    from tensorboardX import SummaryWriter
 
-    def __init__(self, folder: Path, progress: Progress):
-        from tensorboardX import SummaryWriter
+    append = open_log(folder, progress.step)
+    board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
 
-        self.progress = progress
-        self.append = open_log(folder, progress.step)
-        self.board = SummaryWriter(str(folder), purge_step=progress.step + 1 if progress.step else None)
-
-    def record(self, tag: str, scalars: dict[str, float]) -> None:
-        """Write figures of the step that was taken last. tag: "training" or "validation"."""
-        step = self.progress.step
-        self.append({"step": step, "epoch": self.progress.epoch} | scalars)
+    def record(tag: str, scalars: dict[str, float]) -> None:
+        append({"step": progress.step, "epoch": progress.epoch} | scalars)
         for name, value in scalars.items():
-            self.board.add_scalar(f"{tag}/{name}", value, step)
+            board.add_scalar(f"{tag}/{name}", value, progress.step)
 
-    def tell_validation(self, metrics: dict[str, float]) -> None:
-        """Write a validation's figures, and show them."""
-        self.record("validation", metrics)
-        epoch = self.progress.epoch if self.progress.step else 0
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def tell_step() -> None:
+        record("training", trainer.state.output)
+
+    @evaluator.on(Events.COMPLETED)
+    def tell_validation() -> None:
+        metrics = evaluator.state.metrics
+        record("validation", metrics)
         log.info(
-            f"epoch {epoch}: validation Hits@1 {metrics['hits@1']:.3f}, "
+            f"epoch {progress.epoch if progress.step else 0}: validation Hits@1 {metrics['hits@1']:.3f}, "
             f"token PPL {metrics['token_ppl']:.2f} (nll {metrics['nll']:.4f})"
         )
-
-    def tell_replies(self, replies: list[dict]) -> None:
-        """Write sampled replies (see `train.sample_replies`), and show them."""
-        step = self.progress.step
-        self.append({"step": step, "epoch": self.progress.epoch, "replies": replies})
+        replies = sample() if math.isfinite(metrics["nll"]) else []  # else there is nothing to draw from
+        append({"step": progress.step, "epoch": progress.epoch, "replies": replies})
         for i, reply in enumerate(replies, 1):
             log.info(f"  {printable(reply['history'])[-60:]} -> {reply['reply']}")
-            texts = reply | {"persona": " ".join(reply["persona"])}
-            lines = [f"    {name}: {text}" for name, text in texts.items()]
-            self.board.add_text(f"replies/{i}", "\n".join(lines), step)
+            lines = [f"    {name}: {' '.join(text) if name == 'persona' else text}" for name, text in reply.items()]
+            board.add_text(f"replies/{i}", "\n".join(lines), progress.step)
+
+    with board:
+        yield

@@ -12,13 +12,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
+from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
 
 from batches import Batch, batches_by_length, load_batches
@@ -32,14 +32,14 @@ from learner import Learner, LearningSettings, StepSampler, Stopped, collate_ste
 from model_files import ADAPTER, HUB_NAMES, ModelFiles, find_model, find_run, lasting_name
 from options import MAX_HISTORY, DatasetSettings, Decoding, Parser, option
 from processes import StopSignal, launch_command, launcher, leave_processes
-from progress import progress_bar
 from rows import DialogRows
 from runs import (
     OF_ONE_START,
     RUNS,
-    RunLog,
     hold_run,
+    logging_to,
     new_run_folder,
+    progress_bars,
     recognize_dataset,
     run_of_launchers,
     write_settings,
@@ -150,90 +150,90 @@ def training_command(settings: TrainingSettings) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Steps and validation
+# Trainer and evaluator
 # ------------------------------------------------------------------------------------------------------------
 
 PATIENCE = 10  # steps in a row that are not finite
-# tqdm's options for a bar that goes when it is full: what it told is in the log.
-BAR = {
-    "bar_format": "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]",
-    "leave": False,
-}
 
 
-def train_steps(
-    learner: Learner,
-    steps: Iterable[tuple[list[Batch], int]],
-    sampler: StepSampler,
-    progress: Progress,
-    stop: StopSignal,
-    settings: TrainingSettings,
-) -> Iterator[dict[str, float]]:
-    """Take optimiser steps; yields what the log says of each.
+def build_trainer(
+    learner: Learner, sampler: StepSampler, progress: Progress, stop: StopSignal, settings: TrainingSettings
+) -> Engine:
+    """An ignite engine whose iteration is one optimiser step, its batch this process's micro-batches."""
 
-    Args:
-        steps: this process's micro-batches of each step, and their weight (see `collate_step`).
-        sampler: says how many steps an epoch has.
-        progress: counts the steps.
-    Raises:
-        Stopped: `stop` was asked for.
-        UserError: too many steps in a row were not finite.
-    """
-    asked = time.monotonic()
-    for batches, weight in steps:
-        # The rate falls to 0 over all steps of this run's size. A run that was on another number of processes may have
-        # done a part of one.
-        taken = (progress.epoch - 1) * len(sampler) + progress.done / sampler.step_size
-        for group in learner.optimizer.param_groups:
-            group["lr"] = settings.lr * (1 - taken / (settings.n_epochs * len(sampler)))
+    def step(engine: Engine, share: tuple[list[Batch], int]) -> dict[str, float]:
         learner.model.train()
-        record = optimizer_step(learner, batches, weight, stop.asked, settings)
-        progress.count_step(sampler, math.isfinite(record["loss"]) and math.isfinite(record["gradient_norm"]))
+        output = optimizer_step(learner, *share, stop.asked, settings)
+        progress.count_step(sampler, math.isfinite(output["loss"]) and math.isfinite(output["gradient_norm"]))
         if progress.skipped_in_a_row == PATIENCE:
             raise UserError(
                 f"the loss or its gradients were not finite in {PATIENCE} steps in a row, up to step {progress.step}; "
                 "expected numbers: try a lower --lr, or --bf16 or no --fp16, in a new run"
             )
-        seconds = time.monotonic() - asked  # waiting for the batch is part of it
-        utterances = record.pop("utterances")
-        yield record | {"utterances/s": utterances / seconds, "skipped": progress.skipped}
-        asked = time.monotonic()
+        seconds = time.monotonic() - engine.state.asked  # waiting for the batch is part of it
+        utterances = output.pop("utterances")
+        return output | {"utterances/s": utterances / seconds, "skipped": progress.skipped}
+
+    trainer = Engine(step)
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch() -> None:
+        if progress.done == sampler.size:
+            progress.epoch, progress.done = progress.epoch + 1, 0
+        sampler.epoch, sampler.start = progress.epoch, progress.done
+
+    @trainer.on(Events.GET_BATCH_STARTED)
+    def start_clock() -> None:
+        trainer.state.asked = time.monotonic()
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def set_learning_rate() -> None:
+        # In steps of this run's size. A run that was on another number of processes may have done a part of one.
+        taken = (progress.epoch - 1) * len(sampler) + progress.done / sampler.step_size
+        for group in learner.optimizer.param_groups:
+            group["lr"] = settings.lr * (1 - taken / (settings.n_epochs * len(sampler)))
+
+    return trainer
 
 
-@torch.inference_mode()
-def validate(learner: Learner, batches: Iterable[Batch], stop: StopSignal) -> dict[str, float]:
-    """nll, token_ppl and hits@1 of a whole split, the same in every process.
-
-    Sums and counts go through all processes, so the figures are exact: an average of averages is not.
-
-    Args:
-        batches: this process's share; it may be empty.
-    Raises:
-        Stopped: `stop` was asked for.
-    """
+def build_evaluator(learner: Learner, stop: StopSignal) -> Engine:
+    """An ignite engine that leaves nll, token_ppl and hits@1 of a whole split in `state.metrics`, in every process."""
     from model import gold_ranks
 
-    learner.model.eval()
     # A GPU keeps the sums until the end, so that it need not be waited for. Not every device has float64.
     place = learner.device if learner.device.type == "cuda" else torch.device("cpu")
-    nll = hits = torch.zeros((), dtype=torch.float64, device=place)
-    tokens = utterances = 0
-    for batch in batches:
+
+    @torch.inference_mode()
+    def evaluate(engine: Engine, batch: Batch | None) -> None:
         if stop.asked:
-            break
-        batch = batch.to(learner.device)
-        with learner.autocast():
-            output = learner.model(batch)
-        nll = nll + output.lm_nll.to(place).double().sum()
-        tokens += len(batch.lm_labels)
-        hits = hits + (gold_ranks(output, batch) == 0).sum().to(place)
-        utterances += len(batch.n_candidates)
-    own = nll.item(), tokens, hits.item(), utterances, stop.asked
-    nll, tokens, hits, utterances, stops = sum_over_processes(*own, device=learner.device)
-    if stops:
-        raise Stopped
-    nll /= tokens
-    return {"nll": nll, "token_ppl": math.exp(min(nll, 700)), "hits@1": hits / utterances}
+            engine.terminate()
+        elif batch is not None:
+            batch = batch.to(learner.device)
+            with learner.autocast():
+                output = learner.model(batch)
+            sums = engine.state.sums  # sums and counts are exact; an average of averages is not
+            sums["nll"] += output.lm_nll.to(place).double().sum()
+            sums["tokens"] += len(batch.lm_labels)
+            sums["hits"] += (gold_ranks(output, batch) == 0).sum().to(place)
+            sums["utterances"] += len(batch.n_candidates)
+
+    evaluator = Engine(evaluate)
+
+    @evaluator.on(Events.STARTED)
+    def reset(engine: Engine) -> None:
+        learner.model.eval()
+        engine.state.sums = dict.fromkeys(("nll", "tokens", "hits", "utterances"), 0.0)
+
+    @evaluator.on(Events.COMPLETED)
+    def compute(engine: Engine) -> None:
+        sums = map(float, engine.state.sums.values())
+        nll, tokens, hits, utterances, stops = sum_over_processes(*sums, stop.asked, device=learner.device)
+        if stops:
+            raise Stopped
+        nll, hits = nll / tokens, hits / utterances
+        engine.state.metrics |= {"nll": nll, "token_ppl": math.exp(min(nll, 700)), "hits@1": hits}
+
+    return evaluator
 
 
 SAMPLES = 4  # validation utterances that each evaluation shows a reply to
@@ -282,20 +282,82 @@ class Run:
         valid: Instances,
     ):
         self.settings, self.folder, self.tokenizer = settings, folder, tokenizer
-        self.learner, self.progress, self.valid_set = learner, progress, valid
+        self.learner, self.progress, self.train_set, self.valid_set = learner, progress, train, valid
         self.stop = StopSignal()
-        self.log: RunLog | None = None  # of rank 0, while it trains
 
         rank, world_size = idist.get_rank(), idist.get_world_size()
         self.sampler = StepSampler(train.sizes, settings.step_size * world_size, settings.seed, rank, world_size)
         collate_micro = partial(
             collate_step,
             batch_size=settings.train_batch_size,
-            ids=tokenizer.ids,
+            ids=train.ids,
             filler=train[0] if len(train) else None,
         )
         self.train_loader = load_batches(train, self.sampler, collate_micro, learner.device)
         self.valid_loader = batches_by_length(valid, settings.valid_batch_size, None, rank, world_size, learner.device)
+        self.trainer = build_trainer(learner, self.sampler, progress, self.stop, settings)
+        self.evaluator = build_evaluator(learner, self.stop)
+
+    def save_state(self) -> None:
+        data = self.train_set.n_replies, self.settings.dataset_digest
+        save_checkpoint(self.folder, self.learner, self.progress, *data)
+
+    def save_state_between_epochs(self) -> None:
+        every, progress = self.settings.save_every, self.progress
+        if every and progress.step % every == 0 and progress.done < self.train_set.n_replies:
+            self.save_state()
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate; write weights and model card, where this is the epoch to keep."""
+        # A process without batches gets an empty one: every process must take part in the sums.
+        metrics = self.evaluator.run(self.valid_loader if len(self.valid_loader) else [None]).metrics
+        score, progress = (metrics["hits@1"], -metrics["nll"]), self.progress
+        better = not self.settings.keep_best or progress.best is None or score > tuple(progress.best)
+        if better:
+            progress.best = score if progress.step else None  # what stood before the first step is no epoch
+        if idist.get_rank() == 0:
+            command = training_command(self.settings)
+            with whole_files(self.folder) as partial:
+                describe(partial, self.folder, progress.best, self.settings, command, self.tokenizer)
+                if better:
+                    self.save_model()  # first, so that the card never describes older weights
+
+    def save_model(self) -> None:
+        settings, model = self.settings, self.learner.model
+        if settings.lora:
+            model.save_adapter(self.folder / ADAPTER, self.tokenizer, settings.lora_base)
+        if settings.lora_save == "both":
+            model.save(self.folder)
+
+    def end_epoch(self) -> None:
+        self.save_state()  # first: a run that is resumed from here evaluates again
+        self.evaluate_and_save()
+
+    def train(self) -> None:
+        """Train from where `progress` is to the end, with an evaluation after every epoch.
+
+        Raises:
+            Stopped: a signal asked for the end. The state is not saved yet.
+        """
+        settings, progress, trainer = self.settings, self.progress, self.trainer
+        sample = partial(sample_replies, self.learner, self.valid_set, self.tokenizer, settings.seed)
+        with contextlib.ExitStack() as stack:
+            if idist.get_rank() == 0:
+                stack.enter_context(progress_bars(trainer, self.evaluator))
+                stack.enter_context(logging_to(self.folder, trainer, self.evaluator, progress, sample))
+            # After the logging, so that every step in a checkpoint is already in log.jsonl.
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self.save_state_between_epochs)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
+
+            epoch_is_done = progress.done == self.train_set.n_replies
+            if epoch_is_done if progress.step else (settings.eval_before_start or not settings.n_epochs):
+                self.evaluate_and_save()
+            if settings.n_epochs and (progress.epoch < settings.n_epochs or not epoch_is_done):
+                self.sampler.start = progress.done
+                steps = len(self.sampler)
+                done = progress.epoch * steps - self.sampler.steps_left()
+                trainer.load_state_dict({"iteration": done, "epoch_length": steps, "max_epochs": settings.n_epochs})
+                trainer.run(self.train_loader, max_epochs=settings.n_epochs)
 
     def train_or_stop(self) -> None:
         """As `train`; a signal saves the state and ends the program."""
@@ -311,84 +373,6 @@ class Run:
                 )
                 leave_processes(self.learner)
                 sys.exit(128 + (self.stop.number or signal.SIGTERM))
-
-    def train(self) -> None:
-        """Train from where `progress` is to the end, with an evaluation after every epoch.
-
-        Raises:
-            Stopped: a signal asked for the end. The state is not saved yet.
-        """
-        settings, progress = self.settings, self.progress
-        with contextlib.ExitStack() as stack:
-            if idist.get_rank() == 0:
-                self.log = RunLog(self.folder, progress)
-                stack.enter_context(self.log.board)
-            epoch_is_done = progress.done == self.sampler.size
-            if progress.step:
-                evaluate = epoch_is_done  # it was saved before its evaluation, which may have been cut off
-            else:
-                evaluate = settings.eval_before_start or settings.n_epochs == 0
-            if evaluate:
-                self.evaluate_and_save()
-            first = progress.epoch + 1 if epoch_is_done else progress.epoch
-            for epoch in range(first, settings.n_epochs + 1):
-                if epoch > progress.epoch:
-                    progress.epoch, progress.done = epoch, 0
-                self.train_epoch()
-                self.save_state()  # first: a run that is resumed from here evaluates again
-                self.evaluate_and_save()
-
-    def train_epoch(self) -> None:
-        """Take the steps that are left of an epoch."""
-        settings, progress, sampler = self.settings, self.progress, self.sampler
-        sampler.epoch, sampler.start = progress.epoch, progress.done
-        of_all = f" [{progress.epoch}/{settings.n_epochs}]" if settings.n_epochs > 1 else ""
-        done = len(sampler) - sampler.steps_left()
-        steps = train_steps(self.learner, self.train_loader, sampler, progress, self.stop, settings)
-        bar = progress_bar(None, f"train{of_all}", not self.log, total=len(sampler), unit="step", initial=done, **BAR)
-        with bar:
-            for record in steps:
-                figures = {"loss": record["loss"], "utterances/s": record["utterances/s"]}
-                if record["skipped"]:
-                    figures["skipped"] = record["skipped"]
-                bar.set_postfix(figures)
-                bar.update()
-                if self.log:  # first, so that every step in a checkpoint is already in log.jsonl
-                    self.log.record("training", record)
-                epoch_is_done = progress.done == sampler.size
-                if settings.save_every and progress.step % settings.save_every == 0 and not epoch_is_done:
-                    self.save_state()
-
-    def evaluate_and_save(self) -> None:
-        """Evaluate; write weights and model card, where this is the epoch to keep."""
-        settings, progress = self.settings, self.progress
-        with progress_bar(self.valid_loader, "evaluate", not self.log, unit="batch", **BAR) as batches:
-            metrics = validate(self.learner, batches, self.stop)
-        score = metrics["hits@1"], -metrics["nll"]
-        better = not settings.keep_best or progress.best is None or score > tuple(progress.best)
-        if better:
-            progress.best = score if progress.step else None  # what stood before the first step is no epoch
-        if self.log:
-            self.log.tell_validation(metrics)
-            # Of weights that give nan there is nothing to draw from.
-            finite = math.isfinite(metrics["nll"])
-            replies = sample_replies(self.learner, self.valid_set, self.tokenizer, settings.seed) if finite else []
-            self.log.tell_replies(replies)
-            command = training_command(settings)
-            with whole_files(self.folder) as unfinished:
-                describe(unfinished, self.folder, progress.best, settings, command, self.tokenizer)
-                if better:
-                    self.save_model()  # first, so that the card never describes older weights
-
-    def save_model(self) -> None:
-        settings, model = self.settings, self.learner.model
-        if settings.lora:
-            model.save_adapter(self.folder / ADAPTER, self.tokenizer, settings.lora_base)
-        if settings.lora_save == "both":
-            model.save(self.folder)
-
-    def save_state(self) -> None:
-        save_checkpoint(self.folder, self.learner, self.progress, self.sampler.size, self.settings.dataset_digest)
 
 
 def run_to_go_on_with(settings: TrainingSettings, launchers: set[str]) -> Path | None:
@@ -434,14 +418,12 @@ def prepare(settings: TrainingSettings, dialogs: Dialogs, files: ModelFiles, dev
 
 def tell_sizes(learner: Learner, train: Instances | DialogRows, valid: Instances, settings: TrainingSettings) -> None:
     """What will be trained, on what, and where."""
-    train.report_truncation("training")
-    valid.report_truncation("validation")
-    all_weights = sum(weight.numel() for weight in learner.model.parameters())
-    others = idist.get_world_size() - 1
-    more = f" and {others} more" if others else ""
+    for name, instances in (("training", train), ("validation", valid)):
+        instances.report_truncation(name)
+    all_weights, others = sum(weight.numel() for weight in learner.model.parameters()), idist.get_world_size() - 1
     log.info(
-        f"{all_weights / 1e6:.1f}M parameters, {train.sizes.sum()} training and {len(valid)} validation utterances, "
-        f"{learner.device}{more}"
+        f"{all_weights / 1e6:.1f}M parameters, {train.n_replies} training and {len(valid)} validation utterances, "
+        f"{learner.device}" + (f" and {others} more" if others else "")
     )
     if settings.lora:
         trained = sum(weight.numel() for weight in learner.weights)
@@ -472,7 +454,7 @@ def train_run(settings: TrainingSettings, device: torch.device, held: contextlib
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
     if saved:
-        restore(newest_checkpoint(folder, learner), learner, progress, int(train.sizes.sum()), settings)
+        restore(newest_checkpoint(folder, learner), learner, progress, train.n_replies, settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     if not folder:
         folder = begin_run(settings, launchers)
@@ -491,7 +473,9 @@ def main() -> None:
     settings = parse_settings()
     device = join_processes(settings.device, settings.local_rank)
     manual_seed(settings.seed)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs exceptions that are raised all the same
     logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it tells of its caches where HOME cannot be written
+
     with contextlib.ExitStack() as held:  # a lock of the run folder
         train_run(settings, device, held)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from ignite.engine import Events
 
 import checkpoints
 import learner as learning
@@ -17,7 +18,7 @@ from benchmarks.common import Bench, Row, peak_flops, seconds
 from inputs import Instances
 from model import DialogModel
 from rows import DialogRows
-from train import StopSignal, TrainingSettings, train_steps
+from train import StopSignal, TrainingSettings, build_trainer
 
 KINDS = {"window rows": 2, "whole-history rows": -1, "dialog rows": -1}  # and their --max_history
 CANDIDATES = 1, 2, 4
@@ -53,12 +54,12 @@ def training_rows(bench: Bench, kind: str, candidates: int, at_least: int = 1) -
 
 def our_rate(model: DialogModel, rows: Instances | DialogRows, settings: TrainingSettings, steps: int) -> float:
     """The usual rate of train.py's steps, of which the first third are to warm up."""
-    learner = learning.Learner(model, settings, model.device)
+    learner, rates = learning.Learner(model, settings, model.device), []
     sampler = learning.StepSampler(rows.sizes, settings.step_size, settings.seed)
     collate = partial(learning.collate_step, batch_size=settings.train_batch_size, ids=rows.ids, filler=rows[0])
-    loader = load_batches(rows, list(sampler)[:steps], collate, model.device)
-    records = train_steps(learner, loader, sampler, checkpoints.Progress(), StopSignal(), settings)
-    rates = [record["utterances/s"] for record in records]
+    trainer = build_trainer(learner, sampler, checkpoints.Progress(), StopSignal(), settings)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: rates.append(trainer.state.output["utterances/s"]))
+    trainer.run(load_batches(rows, list(sampler)[:steps], collate, model.device), max_epochs=1)
     return statistics.median(rates[-(-steps // 3) :])
 
 

@@ -42,7 +42,7 @@ SCRIPT = Path(train.__file__)
 WORDS = "hello i like cats dogs fish and my red car is fast do you work at the school today no yes what fun".split()
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["train", "runs", "tensorboardX", "ignite.distributed"])
+forkserver.set_forkserver_preload(["train", "runs", "tensorboardX", "ignite.distributed", "ignite.handlers"])
 
 
 def write_dataset(path: Path, n_train: int, n_valid: int) -> Path:
