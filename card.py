@@ -124,7 +124,8 @@ def recipe(tokenizer, adapter_alone: bool) -> str:
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """The records of steps whose loss is a number, and those of validations, from `log.jsonl` in a run folder."""
-    records = list(filter(None, map(parse_record, (folder / "log.jsonl").read_bytes().splitlines())))
+    lines = (folder / "log.jsonl").read_bytes().splitlines()
+    records = list(filter(None, map(parse_record, lines)))
     steps = [record for record in records if math.isfinite(record.get("loss", math.nan))]
     return steps, [record for record in records if "nll" in record]
 
@@ -194,16 +195,19 @@ def describe(
     from huggingface_hub import EvalResult, ModelCardData
 
     steps, validations = read_log(folder)
-    kept = next(
-        (record for record in validations if (record["hits@1"], -record["nll"]) == tuple(best or ())), validations[-1]
-    )
+    same = [record for record in validations if best and (record["hits@1"], -record["nll"]) == tuple(best)]
+    kept = same[0] if same else validations[-1]
     draw_curves(partial / "curves.png", steps, validations)
     dataset = Path(urlsplit(settings.dataset_path).path).name or "PersonaChat"
-    figures = {
-        "accuracy": ("Hits@1", round(kept["hits@1"], 4)),
-        "perplexity": ("perplexity per token", round(kept["token_ppl"], 2)),
-    }
     task = {"task_type": "text-generation", "dataset_type": dataset.lower(), "dataset_name": dataset}
+    results = []
+    for kind, name, value in (
+        ("accuracy", "Hits@1", round(kept["hits@1"], 4)),
+        ("perplexity", "perplexity per token", round(kept["token_ppl"], 2)),
+    ):
+        if math.isfinite(value):
+            result = {"metric_type": kind, "metric_name": name, "metric_value": value}
+            results.append(EvalResult(**task, dataset_split="validation", **result))
     about = ModelCardData(
         model_name=folder.name,
         library_name="transformers",
@@ -211,11 +215,7 @@ def describe(
         language=None if settings.dataset_path else "en",  # of other data it is not known
         base_model=settings.base_model or None,
         tags=["dialogue", "persona-chat", "transfertransfo"],
-        eval_results=[
-            EvalResult(**task, dataset_split="validation", metric_type=kind, metric_name=name, metric_value=value)
-            for kind, (name, value) in figures.items()
-            if math.isfinite(value)
-        ],
+        eval_results=results,
     )
     text = CARD.format(
         name=folder.name,

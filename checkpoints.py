@@ -6,7 +6,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 
-from cli import UserError, first_line, log
+from cli import UserError, explain_errors, first_line, log
 from files import make_folder, whole_files
 from options import LARGEST
 
@@ -50,20 +50,27 @@ def save_checkpoint(folder: Path, learner, progress: Progress, size: int, digest
     generators = idist.all_gather(random_states(learner.device))
     if idist.get_rank() != 0:
         return
-    state = {"progress": asdict(progress), "size": size, "dataset": digest}
-    state |= {"generators": generators, "learner": learner.state_dict()}
+    state = {
+        "progress": asdict(progress),
+        "size": size,
+        "dataset": digest,
+        "generators": generators,
+        "learner": learner.state_dict(),
+    }
     make_folder(folder / "checkpoints")
     name = f"step-{progress.step:09d}.pt"
-    with whole_files(folder / "checkpoints") as partial:
-        torch.save(state, partial / name)
+    with whole_files(folder / "checkpoints") as unfinished:
+        torch.save(state, unfinished / name)
     files = [path for path in checkpoint_files(folder) if not path.is_dir()]
-    older = [path for path in files if path.name < name]
+    before = [path for path in files if path.name < name]
+    kept = [folder / "checkpoints" / name, *before[-1:]]
     for path in files:
-        if path.name != name and path not in older[-1:]:
+        if path not in kept:  # those after it too: a run that went back from a damaged one writes them again
             path.unlink()
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder, oldest first."""
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
@@ -78,85 +85,98 @@ def newest_checkpoint(folder: Path, learner) -> dict:
     if idist.get_rank() == 0:
         for path in reversed(checkpoint_files(folder)):
             try:
-                state, name = read_checkpoint(path, learner), path.name
-                break
+                state = read_checkpoint(path, learner)
             except Exception as error:  # torch.load raises many types for a damaged file
                 log.warning(f"warning: {path} cannot be read ({first_line(error)}); trying the one before it")
+            else:
+                name = path.name
+                break
     name = idist.all_gather(name)[0]
     if not name:
         raise UserError(f"no checkpoint in {folder}/checkpoints can be read; start a new run")
     if state is None:
-        try:
-            state = read_checkpoint(folder / "checkpoints" / name, learner)
-        except Exception as error:  # as above; rank 0 could read it
-            raise UserError(
-                f"cannot read {folder}/checkpoints/{name}: {first_line(error)}; every node needs the same --runs_dir"
-            ) from error
+        path = folder / "checkpoints" / name
+        with explain_errors(f"cannot read {path}", "every node needs the same --runs_dir"):  # rank 0 could read it
+            state = read_checkpoint(path, learner)
     return state
 
 
 def read_checkpoint(path: Path, learner) -> dict:
-    """A checkpoint, of which all is as this learner would write it: torch itself crashes on some that are not.
+    """Read a checkpoint, and check that all of it has the form that this learner writes: torch crashes on some others.
 
     Raises:
-        ValueError: it is not. Other types where the file is damaged.
+        ValueError: it has another form. Other types where the file is damaged.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    saved, form = dict(state["learner"]), learner.state_dict()
-    moments, groups = saved.pop("optimizer"), form.pop("optimizer")["param_groups"]
-    check_form(saved, form, "learner")
+    saved, expected = dict(state["learner"]), learner.state_dict()
+    optimizer, expected_optimizer = saved.pop("optimizer"), expected.pop("optimizer")
+    check_form(saved, expected, "learner")
     # The rest of a group is settings, which are this program's own.
-    check_form([group["params"] for group in moments["param_groups"]], [group["params"] for group in groups], "params")
-    for number, found in moments["state"].items():
+    numbers = [group["params"] for group in optimizer["param_groups"]]
+    check_form(numbers, [group["params"] for group in expected_optimizer["param_groups"]], "params")
+    for number, moments in optimizer["state"].items():
         weight = learner.weights[number]
-        check_form(found, {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}, f"optimizer.{number}")
+        check_form(moments, {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}, f"optimizer.{number}")
     check_progress(Progress(**state["progress"]), state["size"])
+    own = random_states(learner.device)
     for states in state["generators"]:
-        for device in random_states(learner.device).keys() & states.keys():
-            torch.Generator(device).set_state(states[device])
+        for device in own.keys() & states.keys():
+            torch.Generator(device).set_state(states[device])  # raises where it is none
     return state
 
 
 def check_form(found, expected, place: str) -> None:
-    """Raise ValueError unless both have the same keys, lengths, types, and tensors of the same shapes and types."""
-    kind = next(kind for kind in (torch.Tensor, dict, list, type(expected)) if isinstance(expected, kind))
-    alike = isinstance(found, kind)
-    if alike and kind is torch.Tensor:
-        ways = [(tensor.shape, tensor.dtype, tensor.layout) for tensor in (found, expected)]
-        alike = ways[0] == ways[1] and not found.is_meta
-    if not alike:
-        shape = f" {tuple(expected.shape)} of {expected.dtype}" if kind is torch.Tensor else ""
-        raise ValueError(f"{place} is not a {kind.__name__}{shape}")
-    if kind not in (dict, list):
+    """Raise ValueError unless both have the same keys, lengths, types, and tensors of the same shapes and types.
+
+    Args:
+        place: names what is checked, in messages.
+    """
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(found, torch.Tensor) or found.is_meta or tensor_form(found) != tensor_form(expected):
+            raise ValueError(f"{place} is not a Tensor {tuple(expected.shape)} of {expected.dtype}")
         return
-    if kind is list:
+    kind = dict if isinstance(expected, dict) else type(expected)  # a state dict is a dict too
+    if not isinstance(found, kind):
+        raise ValueError(f"{place} is not a {kind.__name__}")
+    if isinstance(expected, list):
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if not isinstance(expected, dict):
+        return
     for key in found.keys() ^ expected.keys():
-        raise ValueError(f"it {'lacks' if key in expected else 'has a surplus'} {place}.{key}")
+        fault = "lacks" if key in expected else "has a surplus"
+        raise ValueError(f"it {fault} {place}.{key}")
     for key, value in expected.items():
         check_form(found[key], value, f"{place}.{key}")
 
 
+def tensor_form(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.layout
+
+
 def check_progress(progress: Progress, size: int) -> None:
     """Raise ValueError unless a run can have come so far. size: utterances of its training data."""
-    epoch_and_counts = progress.epoch - 1, progress.step, progress.done, progress.skipped, progress.skipped_in_a_row
+    counts = [progress.step, progress.epoch - 1, progress.done, progress.skipped, progress.skipped_in_a_row, size]
+    possible = all(type(count) is int and 0 <= count <= LARGEST for count in counts)
     best = progress.best or (0.0, 0.0)
-    possible = all(type(count) is int and 0 <= count <= LARGEST for count in (*epoch_and_counts, size))
     if not possible or progress.done > size or [type(score) for score in best] != [float, float]:
         raise ValueError("no run comes so far as it says")
 
 
 def restore(state: dict, learner, progress: Progress, size: int, settings) -> None:
-    """Put a run where a checkpoint left it, on the same device and as many processes, or on others."""
-    changed = (state["size"], state.get("dataset", settings.dataset_digest)) != (size, settings.dataset_digest)
+    """Put a run where a checkpoint left it, on the same device and as many processes, or on others.
+
+    Args:
+        size: utterances of the training data.
+    """
+    digest = state.get("dataset", settings.dataset_digest)
+    changed = state["size"] != size or digest != settings.dataset_digest
     if changed and not settings.changed_dataset:
         raise UserError(
             f"the run was trained on other data, of {state['size']} utterances where there are {size} now; "
             "resume with the dataset it had, or pass --changed_dataset to go on with this one"
         )
     learner.load_state_dict(state["learner"])
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)
+    vars(progress).update(state["progress"])
     if changed:  # of other utterances it is not known which ones were seen
         progress.done = size if progress.done == state["size"] else 0
         log.warning("warning: the run goes on with other data, an epoch under way from its start")
@@ -164,11 +184,12 @@ def restore(state: dict, learner, progress: Progress, size: int, settings) -> No
         raise UserError(
             f"--n_epochs {settings.n_epochs}: the run is in epoch {progress.epoch} already; pass that or more"
         )
-    rank, world_size = idist.get_rank(), idist.get_world_size()
-    states = state["generators"][rank] if len(state["generators"]) == world_size else {}
-    if learner.device.type in states:
-        torch.set_rng_state(states["cpu"])
-        if learner.device.type != "cpu":
-            torch.get_device_module(learner.device).set_rng_state(states[learner.device.type])
-    else:
+    rank, device = idist.get_rank(), learner.device
+    # On another number of processes, or another kind of device, chance begins anew.
+    states = state["generators"][rank] if len(state["generators"]) == idist.get_world_size() else {}
+    if device.type not in states:
         torch.manual_seed(hash((settings.seed, progress.step, rank)))
+        return
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type])

@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from batches import Batch, batches_by_length
+from batches import Batch, batches_by_length, collate
 from cli import UserError, join_processes, log, run_script
 from dialogs import Dialogs
-from inputs import Instances, sentences_inside
-from metrics import Spelling, WordModel, distinct, gold_ranks, reply_columns
+from inputs import Instances, Prefix, sentences_inside
+from metrics import WordModel, distinct, gold_ranks, reply_columns
 from model_files import find_finetuned_model
 from options import RERANK, DatasetSettings, Decoding, Parser, option
 from progress import progress_bar
@@ -29,7 +28,6 @@ from report import (
     Evaluated,
     Evaluation,
     Results,
-    compare,
     print_comparison,
     print_table,
     read_report,
@@ -77,18 +75,23 @@ def parse_settings() -> tuple[EvaluationSettings, Decoding]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Passes over the split. Each rank fills the rows of its utterances; a sum over ranks completes them.
+# Scores and likelihoods
 # ------------------------------------------------------------------------------------------------------------
 
 
-def join_ranks(results: Results, device: torch.device) -> Results:
-    """The sum over ranks: every row was filled by one of them."""
-    if dist.is_initialized():
-        for column in vars(results).values():
-            whole = torch.as_tensor(column).to(device)
-            dist.all_reduce(whole)
-            column[:] = whole.cpu().numpy()
-    return results
+def own_rows(name: str, instances: Instances, batch_size: int, size: int) -> Iterator[list[int]]:
+    """The numbers of this process's rows, in batches of like length: its share of the first `size` utterances.
+
+    Args:
+        name: of the pass, for the progress bar.
+    """
+    rank = idist.get_rank()
+    batches = batches_by_length(instances, batch_size, size, rank, idist.get_world_size()).batch_sampler
+    total = sum(map(len, batches))
+    with progress_bar(total=total, desc=name, unit=" replies", disable=rank > 0) as bar:
+        for rows in batches:
+            yield rows
+            bar.update(len(rows))
 
 
 @torch.inference_mode()
@@ -96,59 +99,63 @@ def score(
     model, instances: Instances, words: WordModel | None, rank_by: str, batch_size: int, results: Results
 ) -> None:
     """Scores of candidates and likelihoods of tokens and words; each prefix is encoded once for all of them."""
-    loader = rank_loader(instances, batch_size, len(results.nll))
-    with progress("score", loader) as bar:
-        for rows, batch in zip(loader.batch_sampler, loader, strict=True):
-            batch = batch.to(model.device)
-            if rank_by != "mc":
-                batch = reading_candidates(batch)
-            hidden = model.hidden(batch)
-            output = model.heads(hidden, batch)
-            scores = output.mc_logits
-            if rank_by != "mc":
-                likelihoods = token_log_likelihoods(model, hidden, batch)
-                scores = likelihoods if rank_by == "lm" else likelihoods + scores
-            results.scores[rows, : scores.shape[1]] = scores.cpu()
-            owners = (batch.lm_positions // batch.input_ids.shape[1]).cpu()  # the row of each labelled token
-            results.nll[rows] = np.bincount(owners, output.lm_nll.cpu().double(), len(rows))
-            results.tokens[rows] = np.bincount(owners, minlength=len(rows))
-            if words:
-                golds = [instances.split.candidates[row][-1] for row in rows]
-                score_words(model, hidden, batch, rows, [words.spelled[gold] for gold in golds], words, results)
-            bar.update(len(rows))
+    for rows in own_rows("score", instances, batch_size, len(results.nll)):
+        batch = collate([instances[row] for row in rows], instances.ids).to(model.device)
+        if rank_by != "mc":
+            ids, predicting, candidate = candidate_tokens(batch)
+            needed = torch.cat([predicting, batch.head_positions]).unique()
+            batch = replace(batch, head_positions=needed)
+        hidden = model.hidden(batch)
+        output = model.heads(hidden, batch)
+        scores = output.mc_logits.cpu().double().numpy()
+        if rank_by != "mc":
+            nll = [F.cross_entropy(logits, ids[k], reduction="none") for k, logits in slices(model, hidden, predicting)]
+            likelihoods = -means(torch.cat(nll), candidate, scores.size).reshape(scores.shape)
+            scores = likelihoods if rank_by == "lm" else likelihoods + scores
+        results.scores[rows, : scores.shape[1]] = scores
+        owners = (batch.lm_positions // batch.input_ids.shape[1]).cpu()  # the row of each labelled token
+        results.nll[rows] = np.bincount(owners, output.lm_nll.cpu().double(), len(rows))
+        results.tokens[rows] = np.bincount(owners, minlength=len(rows))
+        if words:
+            score_words(model, hidden, batch, rows, instances.split, words, results)
 
 
 def choose_ranking(model, rank_by: str | None) -> str:
     """What candidates are ranked by. A multiple-choice head that no checkpoint holds would rank them at random."""
-    trained = model.lm.choice_head_trained
-    if not trained and rank_by is None:
+    if model.lm.choice_head_trained:
+        return rank_by or "mc"
+    if rank_by is None:
         log.info("this model has no trained multiple-choice head: ranking by likelihood per token (--rank_by lm)")
-    elif not trained and rank_by != "lm":
+    elif rank_by != "lm":
         log.warning(f"warning: this model has no trained multiple-choice head; --rank_by {rank_by} uses a random one")
-    return rank_by or ("mc" if trained else "lm")
+    return rank_by or "lm"
 
 
-def reading_candidates(batch: Batch) -> Batch:
-    """The batch with the hidden states of all candidates' tokens among those that are wanted."""
-    continuations = (batch.segments > 0).flatten().nonzero()[:, 0]
-    return replace(batch, head_positions=torch.cat([continuations, batch.prefix_ends()]).sort().values)
+def candidate_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens (K,) of all candidates, their <eos> included.
 
-
-def token_log_likelihoods(model, hidden: Tensor, batch: Batch) -> Tensor:
-    """The log-likelihood per token, <eos> included, of each candidate: (B, N); -inf where a row has fewer than N."""
-    of_candidate = (batch.segments > 0) & (batch.segments <= batch.n_candidates[:, None])
-    tokens = of_candidate.flatten().nonzero()[:, 0]  # (K,) flat indices
-    segments = batch.segments.flatten()
-    row, candidate = tokens // batch.segments.shape[1], segments[tokens] - 1
+    Returns:
+        Their ids; the flat indices of the hidden states that predict them; the candidate that each is of, as a flat
+        index into (B, N).
+    """
+    width, most = batch.segments.shape[1], batch.ends.shape[1]
+    is_candidate = (batch.segments > 0) & (batch.segments <= batch.n_candidates[:, None])
+    tokens = is_candidate.flatten().nonzero()[:, 0]  # flat indices
+    row = tokens // width
     # The prefix's last token predicts the first one of every candidate, and each of these the next.
-    is_first = segments[tokens - 1] != segments[tokens]
-    predicting = torch.where(is_first, batch.prefix_ends()[row], tokens - 1)
-    labels = batch.input_ids.flatten()[tokens]
-    nll = [F.cross_entropy(logits, labels[k], reduction="none") for k, logits in slices(model, hidden, predicting)]
-    sums, counts = torch.zeros(2, *batch.ends.shape, device=hidden.device)
-    sums.index_put_((row, candidate), torch.cat(nll), accumulate=True)
-    counts.index_put_((row, candidate), torch.ones_like(sums[0, 0]), accumulate=True)
-    return (-sums / counts).masked_fill(counts == 0, float("-inf"))
+    fork = batch.forks.flatten()[tokens]
+    is_first = batch.positions.flatten()[tokens] == fork + 1
+    predicting = torch.where(is_first, row * width + fork, tokens - 1)
+    candidate = row * most + batch.segments.flatten()[tokens] - 1
+    return batch.input_ids.flatten()[tokens], predicting, candidate
+
+
+def means(values: Tensor, owners: Tensor, size: int) -> np.ndarray:
+    """The mean (size,) of each owner's values, from the values (K,) and their owners (K,); 0 where there is none."""
+    owners = owners.cpu()
+    sums = np.bincount(owners, values.cpu().double(), size)
+    counts = np.bincount(owners, minlength=size)
+    return sums / np.maximum(counts, 1)
 
 
 def slices(model, hidden: Tensor, positions: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -159,21 +166,24 @@ def slices(model, hidden: Tensor, positions: Tensor) -> Iterator[tuple[slice, Te
         yield part, model.lm_logits(hidden.flatten(0, 1)[positions[part]]).float()
 
 
-def score_words(model, hidden, batch, rows: list[int], spellings: list[Spelling], words: WordModel, results) -> None:
+def score_words(
+    model, hidden: Tensor, batch: Batch, rows: list[int], split: Split, words: WordModel, results: Results
+) -> None:
     """Word likelihoods of a batch whose instances have their gold reply's words as `extra`."""
-    room = (batch.segments == batch.n_candidates[:, None] + 1).sum(1).tolist()  # a long reply may be truncated
+    sizes = (batch.segments == batch.n_candidates[:, None] + 1).sum(1).tolist()  # a long reply may be truncated
     starts, prefix_ends = batch.extra_starts.tolist(), batch.prefix_ends().tolist()
-    for inside in (0, 1):
-        # A reply's first token is predicted by the prefix's last, any other by the one before it.
-        scored = [
-            (starts[row] + offset - 1 if offset else prefix_ends[row], word, rows[row])
-            for row, spelling in enumerate(spellings)
-            for offset, word, is_inside in spelling.positions
-            if is_inside == inside and offset < room[row]
-        ]
-        if not scored:
+    scored = {0: [], 1: []}  # words at a reply's start, and those after another word
+    for place, row in enumerate(rows):
+        spelling = words.spelled[split.candidates[row][-1]]
+        for offset, word, inside in spelling.positions:
+            if offset < sizes[place]:
+                # The last token of the prefix predicts a reply's first one, and each of these the next.
+                predicting = starts[place] + offset - 1 if offset else prefix_ends[place]
+                scored[inside].append((predicting, word, row))
+    for inside, of_kind in scored.items():
+        if not of_kind:
             continue
-        predicting, numbers, owners = map(torch.tensor, zip(*scored, strict=True))
+        predicting, numbers, owners = torch.tensor(of_kind).unbind(1)
         np.add.at(results.words, owners.numpy(), 1)
         for part, logits in slices(model, hidden, predicting.to(hidden.device)):
             for name, tables in words.tables.items():
@@ -181,38 +191,48 @@ def score_words(model, hidden, batch, rows: list[int], spellings: list[Spelling]
                 np.add.at(getattr(results, name), owners[part].numpy(), -log_probabilities.numpy())
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Replies
+# ------------------------------------------------------------------------------------------------------------
+
+
 def generate_all(model, instances: Instances, decoding: Decoding, seed: int, batch_size: int, results: Results) -> None:
     """A reply to every utterance, in batches of prefixes of like length."""
     from generation import generate_replies
 
     longest = min(decoding.max_length, model.limit // 2)
-    loader = rank_loader(instances, GENERATION_BATCH * batch_size, len(results.nll))
-    with progress("generate", loader) as bar:
-        for batch in loader.batch_sampler:
-            prefixes = {row: instances.prefix(row, longest) for row in batch}
-            # A persona may leave less room than `longest`. A reply's room must not depend on its batch's other rows.
-            for room in {room for _, room in prefixes.values()}:
-                rows = [row for row in batch if prefixes[row][1] == room]
-                generators = [reply_generator(seed, row) for row in rows]
-                of_rows, options = [prefixes[row][0] for row in rows], replace(decoding, max_length=room)
-                for row, reply in zip(rows, generate_replies(model, of_rows, options, generators), strict=True):
-                    results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
-            bar.update(len(batch))
+    for batch in own_rows("generate", instances, GENERATION_BATCH * batch_size, len(results.nll)):
+        # A persona may leave less room than `longest`. A reply's room must not depend on its batch's other rows, so
+        # rows of the same room are generated together.
+        by_room: dict[int, dict[int, Prefix]] = {}
+        for row in batch:
+            prefix, room = instances.prefix(row, longest)
+            by_room.setdefault(room, {})[row] = prefix
+        for room, prefixes in by_room.items():
+            generators = [reply_generator(seed, row) for row in prefixes]
+            options = replace(decoding, max_length=room)
+            replies = generate_replies(model, list(prefixes.values()), options, generators)
+            for row, reply in zip(prefixes, replies, strict=True):
+                results.replies[row, : len(reply)] = np.array(reply, np.int64) + 1
 
 
 def reply_generator(seed: int, utterance: int) -> torch.Generator:
     """A reply's own: it does not depend on the batch, the order or the number of processes."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, utterance]).generate_state(1)[0]))
+    (number,) = np.random.SeedSequence([seed, utterance]).generate_state(1)
+    return torch.Generator().manual_seed(int(number))
 
 
-def rank_loader(instances: Instances, batch_size: int, size: int) -> DataLoader:
-    """This process's batches of the first `size` utterances."""
-    return batches_by_length(instances, batch_size, size, idist.get_rank(), idist.get_world_size())
+# ------------------------------------------------------------------------------------------------------------
+# The evaluation
+# ------------------------------------------------------------------------------------------------------------
 
 
-def progress(name: str, loader: DataLoader):
-    total = sum(map(len, loader.batch_sampler))
-    return progress_bar(total=total, desc=name, unit=" replies", disable=idist.get_rank() > 0)
+def join_ranks(results: Results, device: torch.device) -> None:
+    """Complete the results in every process. Each row was filled by one of them and is zero in the others."""
+    if idist.get_world_size() > 1:
+        for column in vars(results).values():
+            whole = idist.all_reduce(torch.as_tensor(column).to(device))
+            column[:] = whole.cpu().numpy()
 
 
 def evaluate(
@@ -230,9 +250,9 @@ def evaluate(
     """
     split = splits["valid"].with_alternatives()
     size = min(len(split), settings.limit or len(split))
-    wanted = {"hits@1", "ppl", "f1"} if settings.eval_type == "all" else {settings.eval_type}
-    results = Results.empty(size, int(split.candidates.sizes.max()) if "hits@1" in wanted else 1, decoding.max_length)
-    words = WordModel(splits, tokenizer) if "ppl" in wanted else None
+    hits, ppl, f1 = (settings.eval_type in (name, "all") for name in ("hits@1", "ppl", "f1"))
+    results = Results.empty(size, int(split.candidates.sizes.max()) if hits else 1, decoding.max_length)
+    words = WordModel(splits, tokenizer) if ppl else None
     if template:
         model.ids, model.untrained = template.ids(), tokenizer.added
     make_instances = partial(ChatInstances, template=template) if template else Instances
@@ -241,30 +261,31 @@ def evaluate(
         model.ids,
         settings.max_history,
         model.limit,
-        num_candidates=0 if "hits@1" in wanted else 1,
+        num_candidates=0 if hits else 1,
         extras={gold: spelling.tokens for gold, spelling in words.spelled.items()} if words else {},
         inside=sentences_inside(split, tokenizer),
     )
     instances.report_truncation("validation")
-    rank_by = choose_ranking(model, settings.rank_by) if "hits@1" in wanted else "mc"
-    if wanted & {"hits@1", "ppl"}:
+    rank_by = choose_ranking(model, settings.rank_by) if hits else "mc"
+    if hits or ppl:
         score(model, instances, words, rank_by, settings.valid_batch_size, results)
-    if "f1" in wanted:
+    if f1:
         generate_all(model, instances, decoding, settings.seed, settings.valid_batch_size, results)
-    results = join_ranks(results, model.device)
+    join_ranks(results, model.device)
 
-    columns, counts, replies = {}, {"utterances": size}, []
-    if "hits@1" in wanted:
-        columns["rank"] = gold_ranks(results.scores, split) + 1
+    evaluation = Evaluation(split, rank_by, results, columns={}, counts={"utterances": size}, replies=[])
+    if hits:
+        evaluation.columns["rank"] = gold_ranks(results.scores, split) + 1
     if words:
-        columns |= {name: getattr(results, name) for name in LIKELIHOODS}
-        counts |= {"words": int(results.words.sum()), "tokens": int(results.tokens.sum())}
-        counts["dictionary"] = len(words.words)
-    if "f1" in wanted:
-        replies = [tokenizer.decode([token - 1 for token in row if token]) for row in results.replies.tolist()]
-        columns |= reply_columns(replies, split)
-        counts |= {f"distinct_{n}": distinct(replies, n) for n in (1, 2)}
-    return Evaluation(split, rank_by, results, columns, counts, replies)
+        evaluation.columns |= {name: getattr(results, name) for name in LIKELIHOODS}
+        totals = {"words": int(results.words.sum()), "tokens": int(results.tokens.sum())}
+        evaluation.counts |= totals | {"dictionary": len(words.words)}
+    if f1:
+        for row in results.replies.tolist():
+            evaluation.replies.append(tokenizer.decode([token - 1 for token in row if token]))
+        evaluation.columns |= reply_columns(evaluation.replies, split)
+        evaluation.counts |= {f"distinct_{n}": distinct(evaluation.replies, n) for n in (1, 2)}
+    return evaluation
 
 
 def main() -> None:
@@ -300,7 +321,7 @@ def main() -> None:
         if template:
             print(f"The model read this through its chat template:\n\n{instructions}\n")
         if other:
-            print_comparison(settings.compare, compare(evaluation.columns, other))
+            print_comparison(settings.compare, evaluation.columns, other)
         for name, line in FINAL.items():
             if name in evaluation.figures:
                 print(line.format(evaluation.figures[name]))

@@ -152,10 +152,6 @@ class Instances(torch.utils.data.Dataset):
         """Replies of each row: one."""
         return np.ones(len(self), dtype=int)
 
-    @property
-    def n_replies(self) -> int:
-        return len(self)
-
     def __getitem__(self, index: int) -> Instance:
         if index not in range(len(self)):
             raise IndexError(index)

@@ -6,10 +6,10 @@ however they are divided into micro-batches and processes.
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from operator import itemgetter
+from itertools import pairwise
 
 import ignite.distributed as idist
 import numpy as np
@@ -31,7 +31,7 @@ LORA_LR = 10 * LR  # adapters begin at zero and are scaled: what trains all weig
 
 @dataclass(frozen=True)
 class LearningSettings(Settings):
-    """Options of learning. What is None by default is decided by the others: afterwards it says what holds."""
+    """Options of learning. Those that are None by default are filled in from the others."""
 
     lr: float | None = option(
         None, f"learning rate, falling to 0 linearly; default: {LR}, with --lora {LORA_LR}", low=0
@@ -107,8 +107,10 @@ class StepSampler:
 
 def row_size(row: Instance | DialogRow) -> int:
     """Tokens of a row."""
-    branches = [branch for reply in row.replies for branch in reply.candidates]
-    return len(row.trunk) + sum(len(branch.tokens) for branch in branches)
+    size = len(row.trunk)
+    for reply in row.replies:
+        size += sum(len(branch.tokens) for branch in reply.candidates)
+    return size
 
 
 def collate_step(
@@ -121,13 +123,13 @@ def collate_step(
     with weight 0.
     """
     weight = 1 if rows else 0
-    rows = sorted(rows or [filler], key=row_size)
-    # A row goes where its last reply falls, as in a step.
-    last_replies = np.cumsum([len(row.replies) for row in rows]) - 1
-    numbers = (last_replies // batch_size).tolist()  # of the micro-batch
-    batches = groupby(zip(numbers, rows, strict=True), key=itemgetter(0))
-    batches = [[row for _, row in batch] for _, batch in batches]
-    return [collate(batch, ids) for batch in batches], weight
+    batches = defaultdict(list)
+    replies = 0
+    for row in sorted(rows or [filler], key=row_size):
+        replies += len(row.replies)
+        number = (replies - 1) // batch_size  # a row goes where its last reply falls, as in a step
+        batches[number].append(row)
+    return [collate(batch, ids) for batch in batches.values()], weight
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -154,11 +156,8 @@ class Learner:
         if settings.lora:
             model.add_adapter(settings.lora, settings.lora_alpha)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]  # what the optimiser works on
-        self.autocast_to = None
-        if settings.fp16 == "O1":
-            self.autocast_to = torch.float16
-        elif settings.bf16:
-            self.autocast_to = torch.bfloat16
+        self.autocast_to = torch.float16 if settings.fp16 == "O1" else torch.bfloat16
+        self.uses_autocast = settings.fp16 == "O1" or settings.bf16
         if settings.lora and settings.bf16:
             for weight in model.parameters():
                 if not weight.requires_grad and weight.ndim > 1:
@@ -184,7 +183,7 @@ class Learner:
             self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.autocast_to, enabled=self.autocast_to is not None)
+        return torch.autocast(self.device.type, self.autocast_to, enabled=self.uses_autocast)
 
     def synchronised(self, last: bool):
         """Skip DDP's gradient all-reduce on all but the last micro-batch of a step."""
@@ -203,7 +202,7 @@ class Learner:
     def update(self, finite: Tensor) -> None:
         """Take a step where the gradients are finite, else only adapt the loss scale; then forget the gradients.
 
-        Which of both it is, the device knows: a fused optimiser reads there that it is to change nothing.
+        Nothing here waits for the device: a fused optimiser reads on it whether to change anything.
         """
         # GradScaler.step would set this attribute by the gradients alone, and where there is no scaler not at all.
         self.optimizer.found_inf = 1 - finite.float()
@@ -217,7 +216,7 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
 
     def trained(self) -> dict[str, Tensor]:
-        """The model's state without what is frozen, which is as it was loaded."""
+        """The model's state without frozen weights, which are still those of the base model."""
         parameters = self.model.named_parameters(remove_duplicate=False)  # tied weights under all of their names
         frozen = {name for name, parameter in parameters if not parameter.requires_grad}
         state = self.model.state_dict()
@@ -297,7 +296,7 @@ def optimizer_step(
 ) -> dict[str, float]:
     """One update of the weights from every process's micro-batches; what the log says of it.
 
-    It waits for the device once, when all of it is queued there.
+    It waits for the device once, after everything is queued there.
 
     Raises:
         Stopped: `stop` is true in a process. Nothing was computed yet.

@@ -7,7 +7,7 @@ scores and logits, and no model. U: utterances.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,8 +56,10 @@ def gold_rank(scores: np.ndarray, texts: list[str], right: list[str]) -> int:
     """
     wanted = set(map(normalize, right))
     order = np.argsort(-scores, kind="stable")
-    ranked = (normalize(texts[candidate]) for candidate in order)  # as far as it is read: most gold ranks are small
-    return next(rank for rank, text in enumerate(ranked) if text in wanted)
+    rank = 0
+    while normalize(texts[order[rank]]) not in wanted:  # one after the other: most gold ranks are small
+        rank += 1
+    return rank
 
 
 def gold_ranks(scores: np.ndarray, split: Split) -> np.ndarray:
@@ -130,9 +132,9 @@ class WordTable:
 
     SMOOTHING = 5  # the original toolkit's
 
-    def __init__(self, first_tokens: list[int], frequencies: list[int]):
-        first = np.array(first_tokens)
-        weights = np.array(frequencies, float) + self.SMOOTHING
+    def __init__(self, first_tokens: Iterable[int], frequencies: Iterable[int]):
+        first = np.fromiter(first_tokens, int)
+        weights = np.fromiter(frequencies, float) + self.SMOOTHING
         has_token = first >= 0
         beginnings = first[has_token]
         token_weights = np.bincount(beginnings, weights[has_token])  # (V,) sums over the words that begin with a token
@@ -151,11 +153,6 @@ class WordTable:
         beginnings = logits[:, self.tokens.to(device)].cpu().double()
         log_total = beginnings.logsumexp(-1)  # log Z, but for the softmax's denominator: that cancels
         return first_logits.cpu().double() - log_total + self.log_share[words]
-
-
-def first_token(ids: list[int]) -> int:
-    """-1 where there is none."""
-    return ids[0] if ids else -1
 
 
 class WordPosition(NamedTuple):
@@ -190,14 +187,13 @@ class WordModel:
         # Two of each of these: for words at a reply's start, and after a word.
         self.encoders = tokenizer.encode, tokenizer.encode_inside
         self.spellings = [encode(self.words) for encode in self.encoders]
-        frequencies = list(counts.values())
         own = []
         for spellings in self.spellings:
-            first_tokens = [first_token(ids) for ids in spellings]
-            own.append(WordTable(first_tokens, frequencies))
-        bare_tokens = [tokenizer.first_bare_token(word) for word in self.words]
+            first_tokens = [ids[0] if ids else -1 for ids in spellings]
+            own.append(WordTable(first_tokens, counts.values()))
+        bare_tokens = map(tokenizer.first_bare_token, self.words)
         with_special = {**counts, **PARLAI_SPECIAL}
-        original = WordTable(bare_tokens, list(with_special.values()))
+        original = WordTable(bare_tokens, with_special.values())
         self.tables = {"word_nll": own, "original_word_nll": [original, original]}
         valid = splits["valid"]
         golds = {int(candidates[-1]) for candidates in valid.candidates}
@@ -230,27 +226,26 @@ def reply_columns(replies: list[str], split: Split) -> dict[str, np.ndarray]:
     for utterance, reply in enumerate(replies):
         history = list(map(normalized_words, split.history_texts(utterance)))
         persona = list(map(normalized_words, split.persona_texts(utterance)))
-        # ParlAI's F1 is that of the right reply it is nearest to.
-        best = max(f1(reply, right) for right in split.right_texts(utterance))
         row = traits(reply, history, persona)
-        rows.append(row | {"f1": best})
-    return {name: np.array([row[name] for row in rows], float) for name in MEANS}
+        # ParlAI's F1 is that of the right reply it is nearest to.
+        row["f1"] = max(f1(reply, right) for right in split.right_texts(utterance))
+        rows.append([row[name] for name in MEANS])
+    columns = np.array(rows, float).T
+    return dict(zip(MEANS, columns, strict=True))
 
 
 def traits(reply: str, history: list[list[str]], persona: list[list[str]]) -> dict[str, float]:
     """What a person would notice of a reply: whether it asks, and what it repeats. History and persona as words."""
     words = normalized_words(reply)
-    history_3grams = {gram for utterance in history for gram in ngrams(utterance, 3)}
+    trigrams = set(ngrams(words, 3))
+    # A sentence of the persona counts as a whole, in one piece.
+    repeated = [sentence for sentence in persona if sentence and tuple(sentence) in ngrams(words, len(sentence))]
     return {
         "mean_length": len(words),
         "questions": reply.rstrip().endswith("?"),
-        "repeats_utterance": bool(words) and words in history,
-        "repeats_history_3gram": not history_3grams.isdisjoint(ngrams(words, 3)),
-        "repeats_persona": any(
-            tuple(sentence) in ngrams(words, len(sentence))  # the whole of it, in one piece
-            for sentence in persona
-            if sentence
-        ),
+        "repeats_utterance": len(words) > 0 and words in history,
+        "repeats_history_3gram": any(not trigrams.isdisjoint(ngrams(utterance, 3)) for utterance in history),
+        "repeats_persona": len(repeated) > 0,
     }
 
 
@@ -309,6 +304,11 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> Figure:
     return Figure(mean, (sums - mean * counts) / total)
 
 
+def average(values: np.ndarray) -> Figure:
+    """The mean over utterances."""
+    return ratio(values.astype(float), np.ones(len(values)))
+
+
 def perplexity(nll: np.ndarray, counts: np.ndarray) -> Figure:
     """exp of the mean negative log-likelihood, whose derivative is the perplexity itself."""
     mean = ratio(nll, counts)
@@ -321,16 +321,15 @@ MEANS = ("f1", "mean_length", "questions", "repeats_utterance", "repeats_history
 
 def figures_of(columns: dict[str, np.ndarray]) -> dict[str, Figure]:
     """Every figure that a report's columns (U,) allow: `rank` (1: the best), likelihoods with counts, means."""
-    one = np.ones(len(next(iter(columns.values()))))
     figures = {}
     if "rank" in columns:
         for k in (1, 5, 10):
-            hits = columns["rank"] <= k
-            figures[f"hits@{k}"] = ratio(hits.astype(float), one)
+            figures[f"hits@{k}"] = average(columns["rank"] <= k)
     if "nll" in columns:
-        figures |= {
-            "original_word_ppl": perplexity(columns["original_word_nll"], columns["words"]),
-            "word_ppl": perplexity(columns["word_nll"], columns["words"]),
-            "token_ppl": perplexity(columns["nll"], columns["tokens"]),
-        }
-    return figures | {name: ratio(columns[name], one) for name in MEANS if name in columns}
+        figures["original_word_ppl"] = perplexity(columns["original_word_nll"], columns["words"])
+        figures["word_ppl"] = perplexity(columns["word_nll"], columns["words"])
+        figures["token_ppl"] = perplexity(columns["nll"], columns["tokens"])
+    for name in MEANS:
+        if name in columns:
+            figures[name] = average(columns[name])
+    return figures

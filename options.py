@@ -48,26 +48,32 @@ def kind_of(option: Field) -> type:
 
 def expected(option: Field, value) -> str:
     """The values that an option takes, in words, of which `value` is none."""
-    kind, low, high = kind_of(option), option.metadata["low"], option.metadata["high"]
+    kind, about = kind_of(option), option.metadata
     if kind is bool:
         return "on or off"
     if kind not in (int, float):
-        return f"one of {', '.join(filter(None, option.metadata['choices']))}" if option.metadata["choices"] else "text"
-    bounds = [f"at least {low}"] * (low > -LARGEST) + [f"at most {high}"] * (
-        high < LARGEST or (type(value) in (int, float) and value > high)
-    )
+        choices = ", ".join(filter(None, about["choices"]))
+        return f"one of {choices}" if choices else "text"
+    bounds = []
+    if about["low"] > -LARGEST:
+        bounds.append(f"at least {about['low']}")
+    if about["high"] < LARGEST or (type(value) in (int, float) and value > LARGEST):
+        bounds.append(f"at most {about['high']}")
     number = "a whole number" if kind is int else "a number"
     return f"{number} of {' and '.join(bounds)}" if bounds else number
 
 
 def accepts(option: Field, value) -> bool:
     """Whether an option takes `value`, of which JSON or a caller may have made any type."""
-    kind = kind_of(option)
+    kind, about = kind_of(option), option.metadata
     if value is None:
         return option.default is None
     if kind in (int, float):  # True counts as a whole number in Python; nan is outside of all bounds
-        return type(value) in (int, kind) and option.metadata["low"] <= value <= option.metadata["high"]
-    return isinstance(value, kind) and (not option.metadata["choices"] or value in option.metadata["choices"])
+        return type(value) in (int, kind) and about["low"] <= value <= about["high"]
+    return isinstance(value, kind) and (not about["choices"] or value in about["choices"])
+
+
+SWITCH = {"on": True, "true": True, "off": False, "false": False}  # what people type for a bool
 
 
 def check_value(option: Field, value, place: str = "") -> None:
@@ -84,7 +90,7 @@ def parse_value(option: Field, text: str):
     """
     kind = kind_of(option)
     try:
-        value = {"on": True, "true": True, "off": False, "false": False}[text.lower()] if kind is bool else kind(text)
+        value = SWITCH[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         value = math.nan
     if not accepts(option, value):
@@ -110,15 +116,18 @@ class Settings:
         """Let `parser` read these options. --help shows them as a group, headed by the class's first line."""
         group = parser.add_argument_group(cls.__doc__.split("\n")[0].rstrip("."))
         for name, option in cls.options().items():
-            kind = kind_of(option)
-            if kind is bool and option.default is None:  # as it is by itself, on or off
-                group.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help="the opposite")
-            how = {
-                bool: {"action": "store_true"},
-                list: {"action": "append"},
-            }.get(kind, {"type": partial(parse_value, option), "choices": option.metadata["choices"] or None})
-            names = [f"--{each}" for each in (name, *option.metadata["aliases"])]
-            group.add_argument(*names, default=option.default, help=option.metadata["help"], **how)
+            kind, about = kind_of(option), option.metadata
+            if kind is bool:
+                how = {"action": "store_true"}
+                if option.default is None:  # without either it is as the other options have it
+                    opposite = {"dest": name, "action": "store_false", "default": None}
+                    group.add_argument(f"--no_{name}", **opposite, help="the opposite")
+            elif kind is list:
+                how = {"action": "append"}
+            else:
+                how = {"type": partial(parse_value, option), "choices": about["choices"] or None}
+            names = [f"--{each}" for each in (name, *about["aliases"])]
+            group.add_argument(*names, default=option.default, help=about["help"], **how)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:

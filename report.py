@@ -13,9 +13,9 @@ from importlib.metadata import version
 import msgspec
 import numpy as np
 
-from cli import UserError, first_line
+from cli import UserError, explain_errors
 from files import typed_path
-from metrics import Figure, figures_of
+from metrics import figures_of
 from model_files import ModelFiles
 from splits import Split
 
@@ -63,6 +63,10 @@ class Evaluation:
     @property
     def figures(self) -> dict[str, float]:
         return {name: figure.value for name, figure in figures_of(self.columns).items()} | self.counts
+
+    @property
+    def standard_errors(self) -> dict[str, float]:
+        return {name: figure.standard_error for name, figure in figures_of(self.columns).items()}
 
 
 class Evaluated(msgspec.Struct):
@@ -138,37 +142,34 @@ def print_rows(rows: list[list[str]]) -> None:
 
 def print_table(evaluation: Evaluation, evaluated: Evaluated) -> None:
     """What was evaluated, and this model's figures beside the published ones."""
-    figures = figures_of(evaluation.columns)
-    errors = {name: figure.standard_error for name, figure in figures.items()}
-    rows = [["metric", "this model", *(f"({i})" for i in range(1, len(ANCHORS) + 1))]]
-    for name in [name for name in NAMES if name in evaluation.figures]:
-        anchors = [""] * len(ANCHORS)
-        if name in ANCHORED:
-            anchors = [published[ANCHORED.index(name)] for published in ANCHORS.values()]
-        rows.append([NAMES[name], shown(name, evaluation.figures[name], errors.get(name, math.nan)), *anchors])
     print(f"\nEvaluated: {evaluated}.")
     if "rank" in evaluation.columns:
         print(f"Candidates are ranked by {RANKED_BY[evaluation.rank_by]}.")
     print("After ±: the standard error.\n")
+    numbers = [f"({i})" for i in range(1, len(ANCHORS) + 1)]
+    published = [dict(zip(ANCHORED, figures, strict=True)) for figures in ANCHORS.values()]
+    rows = [["metric", "this model", *numbers]]
+    figures, errors = evaluation.figures, evaluation.standard_errors
+    for name, title in NAMES.items():
+        if name in figures:
+            value = shown(name, figures[name], errors.get(name, math.nan))
+            rows.append([title, value, *(anchor.get(name, "") for anchor in published)])
     print_rows(rows)
-    for i, name in enumerate(ANCHORS, 1):
-        print(f"({i}) {name}")
+    for number, anchor in zip(numbers, ANCHORS, strict=True):
+        print(number, anchor)
     print()
 
 
-def compare(columns: dict[str, np.ndarray], other: OtherReport) -> dict[str, tuple[Figure, Figure, Figure]]:
+def print_comparison(path: str, columns: dict[str, np.ndarray], other: OtherReport) -> None:
     """Each figure that both have: of this model, of the other, and their paired difference."""
-    ours, theirs = figures_of(columns), figures_of({name: np.array(c) for name, c in other.utterances.items()})
-    return {
-        name: (ours[name], theirs[name], ours[name] - theirs[name]) for name in NAMES if name in ours.keys() & theirs
-    }
-
-
-def print_comparison(path: str, differences: dict[str, tuple[Figure, Figure, Figure]]) -> None:
+    ours = figures_of(columns)
+    theirs = figures_of({name: np.array(column) for name, column in other.utterances.items()})
     rows = [["metric", "this model", "the other", "difference"]]
-    for name, (ours, theirs, difference) in differences.items():
-        values = shown(name, ours.value), shown(name, theirs.value)
-        rows.append([NAMES[name], *values, shown(name, difference.value, difference.standard_error, sign="+")])
+    for name, title in NAMES.items():
+        if name in ours and name in theirs:
+            difference = ours[name] - theirs[name]
+            spread = shown(name, difference.value, difference.standard_error, sign="+")
+            rows.append([title, shown(name, ours[name].value), shown(name, theirs[name].value), spread])
     print(f"Against {path}, reply by reply:\n")
     print_rows(rows)
 
@@ -179,10 +180,9 @@ def read_report(path: str, evaluated: Evaluated) -> OtherReport:
     Raises:
         UserError: it is none, or one of others.
     """
-    try:
+    # msgspec's errors are ValueErrors.
+    with explain_errors(f"--compare {path}", "expected a report that --output wrote", OSError, ValueError):
         other = msgspec.json.decode(typed_path(path).read_bytes(), type=OtherReport)
-    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-        raise UserError(f"--compare {path}: {first_line(error)}; expected a report that --output wrote") from error
     theirs = other.evaluated
     if (theirs.digest, theirs.replies) != (evaluated.digest, evaluated.replies):
         same = "the same" if theirs.digest == evaluated.digest else "another"
@@ -205,17 +205,19 @@ def weights_digest(files: ModelFiles) -> str:
 
 def write_report(path: str, evaluation: Evaluation, about: dict) -> None:
     """Write every figure with what it takes to repeat it, and what was measured of each reply, to compare with."""
-    errors = {name: figure.standard_error for name, figure in figures_of(evaluation.columns).items()}
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     report = {
         "figures": json_numbers(evaluation.figures),
-        "standard_errors": json_numbers(errors),
+        "standard_errors": json_numbers(evaluation.standard_errors),
         **about,
         "versions": {"python": platform.python_version()} | versions,
     }
-    # indent would give each of many thousand numbers a line of its own
-    lines = [f'    "{name}": [{", ".join(f"{x:.7g}" for x in column)}]' for name, column in evaluation.columns.items()]
     text = json.dumps(report, indent=2).removesuffix("\n}")
+    # indent would give each of many thousand numbers a line of its own.
+    lines = []
+    for name, column in evaluation.columns.items():
+        numbers = ", ".join(f"{x:.7g}" for x in column)
+        lines.append(f'    "{name}": [{numbers}]')
     write_text(path, text + ',\n  "utterances": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
@@ -225,28 +227,30 @@ def json_numbers(figures: dict[str, float]) -> dict[str, float | None]:
 
 
 def write_predictions(path: str, evaluation: Evaluation) -> None:
-    lines, split = [], evaluation.split
+    """Write a line of JSON for each utterance: what was said, what was right, what the model made of it."""
+    split = evaluation.split
+    lines = []
     for utterance in range(evaluation.counts["utterances"]):
+        gold, *alternatives = split.right_texts(utterance)
         line = {
             "persona": split.persona_texts(utterance),
             "history": split.history_texts(utterance),
-            "gold": split.gold_text(utterance),
+            "gold": gold,
         }
-        if alternatives := split.right_texts(utterance)[1:]:
+        if alternatives:
             line["alternatives"] = alternatives
         if evaluation.replies:
             line["reply"] = evaluation.replies[utterance]
         if "rank" in evaluation.columns:
             candidates = split.candidate_texts(utterance)
-            scores = evaluation.results.scores[utterance, : len(candidates)].tolist()
-            line |= {"rank": int(evaluation.columns["rank"][utterance]), "candidates": candidates, "scores": scores}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    write_text(path, "\n".join(lines) + "\n")
+            line["rank"] = int(evaluation.columns["rank"][utterance])
+            line["candidates"] = candidates
+            line["scores"] = evaluation.results.scores[utterance, : len(candidates)].tolist()
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
 
 
 def write_text(path: str, text: str, mode: str = "w") -> None:
-    try:
+    with explain_errors(f"cannot write {path}", "pass a file you can write to", OSError):
         with open(typed_path(path), mode, encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; pass a file you can write to") from error

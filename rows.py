@@ -43,10 +43,6 @@ class DialogRows(torch.utils.data.Dataset):
         return len(self.sizes)
 
     @property
-    def n_replies(self) -> int:
-        return len(self.instances)
-
-    @property
     def ids(self) -> SpecialIds:
         return self.instances.ids
 
@@ -63,15 +59,16 @@ class DialogRows(torch.utils.data.Dataset):
         row = None
         length = 0  # of the trunk, up to the next reply's speaker
         for utterance, (start, end) in enumerate(places):
-            news = None
+            goes_on = False
             if row and row.count < self.most:
                 news = self.news(utterance)
-            if news is not None:
-                gold = split.candidates[utterance - 1][-1]
-                length += split.sizes[gold] + 1
-                length += said[end] - said[end - len(news)]
-            # Whatever candidate the model reads, its <eos> is to fit too.
-            if news is not None and length + longest[utterance] + 1 <= limit:
+                if news is not None:
+                    gold = split.candidates[utterance - 1][-1]
+                    length += split.sizes[gold] + 1
+                    length += said[end] - said[end - len(news)]
+                    # Whatever candidate the model reads, its <eos> is to fit too.
+                    goes_on = length + longest[utterance] + 1 <= limit
+            if goes_on:
                 row.count += 1
             else:
                 dialog = split.dialogs[utterance]

@@ -36,23 +36,29 @@ def new_run_folder(model: str, runs: Path = RUNS, launchers: Iterable[str] = ())
     Args:
         launchers: names of the launchers that start its processes, for `run_of_launchers`.
     """
-    runs = runs.resolve()
-    short = re.sub(r"[^\w.-]+", "_", Path(urlsplit(model).path.rstrip("/")).name or "model")
-    base = runs / f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
-    make_folder(base.parent)
-    for attempt in range(100):
-        folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
+    last = Path(urlsplit(model).path.rstrip("/")).name
+    short = re.sub(r"[^\w.-]+", "_", last or "model")
+    name = f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}_{short}"
+    folder = runs.resolve() / name
+    make_folder(folder.parent)
+    attempt = 0
+    while not make_new_folder(folder):
+        attempt += 1
+        folder = folder.with_name(f"{name}_{attempt}")
+    with whole_files(folder) as unfinished:
+        (unfinished / "launchers.txt").write_text("\n".join(sorted(launchers)), encoding="utf-8")
+    point_latest_to(folder)
+    return folder
+
+
+def make_new_folder(folder: Path) -> bool:
+    """Create a folder; False where there is one already, such as that of a run begun in the same second."""
+    with explain_errors(f"cannot create {folder}", "pass another --runs_dir", OSError):
         try:
             folder.mkdir()
         except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot create {folder}: {error.strerror}; pass another --runs_dir") from error
-        with whole_files(folder) as partial:
-            (partial / "launchers.txt").write_text("\n".join(sorted(launchers)), encoding="utf-8")
-        point_latest_to(folder)
-        return folder
-    raise UserError(f"{base} exists a hundred times; remove some runs")
+            return False
+    return True
 
 
 def point_latest_to(folder: Path) -> None:
@@ -62,7 +68,7 @@ def point_latest_to(folder: Path) -> None:
     leaves nothing beside it.
     """
     latest = folder.with_name("latest")
-    try:
+    with explain_errors(f"cannot write {latest}", "remove it", OSError):
         with unfinished_folder(folder) as unfinished:
             link = Path(unfinished) / "latest"
             try:
@@ -70,8 +76,6 @@ def point_latest_to(folder: Path) -> None:
             except OSError:  # Windows, and file systems without links
                 link.write_text(folder.name, encoding="utf-8")
             os.replace(link, latest)
-    except OSError as error:
-        raise UserError(f"cannot write {latest}: {error.strerror}; remove it") from error
 
 
 def hold_run(folder: Path, held: contextlib.ExitStack) -> None:
@@ -90,6 +94,7 @@ def hold_run(folder: Path, held: contextlib.ExitStack) -> None:
                 remove_unfinished(each)
         except UserError as error:
             refusal = str(error)
+    # All processes end with it: those that went on would wait for the first one for ever.
     refusal = idist.all_gather(refusal)[0]
     if refusal:
         raise UserError(refusal)
@@ -98,12 +103,13 @@ def hold_run(folder: Path, held: contextlib.ExitStack) -> None:
 def run_of_launchers(launchers: set[str], runs: Path) -> Path | None:
     """The run folder that one of these launchers has begun."""
     for path in runs.resolve().glob("*/launchers.txt") if launchers else ():
-        if launchers & set(path.read_text(encoding="utf-8").splitlines()):
+        if launchers.intersection(path.read_text(encoding="utf-8").splitlines()):
             return path.parent
     return None
 
 
-FIGURES = {"loss": ("loss", "lm_loss", "mc_loss"), "nll": ("nll", "token_ppl", "hits@1")}  # of a step, of a validation
+# The numbers of a record that holds the first of them: of a step, and of a validation.
+FIGURES = {"loss": ("loss", "lm_loss", "mc_loss"), "nll": ("nll", "token_ppl", "hits@1")}
 
 
 def parse_record(line: bytes) -> dict | None:
@@ -112,10 +118,12 @@ def parse_record(line: bytes) -> dict | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or any(type(record.get(name)) is not int for name in ("step", "epoch")):
+    if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("epoch")) is not int:
         return None
-    numbers = [name for mark, names in FIGURES.items() if mark in record for name in names]
-    return record if all(type(record.get(name)) in (int, float) for name in numbers) else None
+    for mark, names in FIGURES.items():
+        if mark in record and not all(type(record.get(name)) in (int, float) for name in names):
+            return None
+    return record
 
 
 def open_log(folder: Path, step: int) -> Callable[[dict], None]:
@@ -129,19 +137,19 @@ def open_log(folder: Path, step: int) -> Callable[[dict], None]:
 
     def stands(line: bytes) -> bool:
         record = parse_record(line)
-        return record is not None and record["step"] < step + ("loss" in record)
+        if record is None:
+            return False
+        return record["step"] <= step if "loss" in record else record["step"] < step
 
     with explain_errors(f"cannot read {path}", "expected the log that train.py wrote", OSError):
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    with whole_files(folder) as partial:
-        (partial / path.name).write_bytes(b"".join(filter(stands, lines)))
+    with whole_files(folder) as unfinished:
+        (unfinished / path.name).write_bytes(b"".join(filter(stands, lines)))
 
     def append(record: dict) -> None:
-        try:
+        with explain_errors(f"cannot write to {path}", "free some space", OSError):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error.strerror}; free some space") from error
 
     return append
 

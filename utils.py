@@ -8,7 +8,6 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,7 @@ SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "extra_special_tokens": ["<speaker1>", "<speaker2>"],
 }
+COPY_TOKENIZER = "copy that of the base model into it (tokenizer.json, or vocab.json and merges.txt)"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class DialogTokenizer:
 
     def __init__(self, hf, pre_tokenizer: str | None = None, token_types: bool | None = None, base_types: bool = True):
         self.hf = hf
-        self.fine_tuned = "<speaker1>" in hf.get_vocab()
+        known = hf.get_vocab()
+        self.fine_tuned = "<speaker1>" in known
         if type(hf).__name__ == "OpenAIGPTTokenizer":
             saved = hf.init_kwargs.get("pre_tokenizer")
             self.pre_tokenizer = pre_tokenizer or saved or ("basic" if self.fine_tuned else "spacy")
@@ -76,25 +77,17 @@ class DialogTokenizer:
         if token_types is None:
             token_types = hf.init_kwargs.get("token_types", self.fine_tuned or base_types)
         hf.init_kwargs["token_types"] = token_types
-        # Those that the model's chat template was written with; a template may write one that a model has not.
+        # The special tokens that the model's own chat template was written for. It may print one that the model lacks.
         none = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
         self.own_special = none | hf.special_tokens_map
-        known = hf.get_vocab()
         hf.add_special_tokens(SPECIAL_TOKENS)
         if self.pre_tokenizer == "spacy":
-            self._use_words_as_they_are()
+            use_words_as_they_are(hf)
         ours = hf.convert_tokens_to_ids(["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"])
         self.added = sorted(set(ours) - set(known.values()))  # a base model knows none of these
         # Ours took the roles of some of the base model's own, which transformers then no longer lists as special.
         special = [number for number, token in hf.added_tokens_decoder.items() if token.special]
         self.ids = SpecialIds(*ours, all=frozenset([*hf.all_special_ids, *special]), token_types=token_types)
-
-    def _use_words_as_they_are(self) -> None:
-        # The tokenizer's own rules would split spaCy's words again (n't into n, ', t), also after a save and a load.
-        from tokenizers import normalizers, pre_tokenizers
-
-        self.hf.backend_tokenizer.normalizer = normalizers.Sequence([])
-        self.hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 
     @property
     def max_history(self) -> int | None:
@@ -106,7 +99,7 @@ class DialogTokenizer:
         self.hf.init_kwargs["max_history"] = exchanges  # saved with the tokenizer: an adapter has no config.json
 
     def choose_max_history(self, asked: int | None) -> int:
-        """The exchanges of history to show, where the user asked for so many, or (None) for no number."""
+        """The exchanges of history to show. asked: as many as the user wants; None: as the model was trained."""
         trained = self.max_history
         if asked is None:
             return MAX_HISTORY if trained is None else trained
@@ -123,7 +116,7 @@ class DialogTokenizer:
         """The ids of each text. Special tokens in a text are read as text, so none comes out."""
         if not texts:
             return []
-        texts = [text.encode(errors="replace").decode() for text in texts]  # bytes that were no text in a terminal
+        texts = [text.encode(errors="replace").decode() for text in texts]  # a terminal's bytes may not be UTF-8
         if self.pre_tokenizer == "spacy":
             texts = [spacy_words(text) for text in texts]
         with self._explained():
@@ -144,18 +137,18 @@ class DialogTokenizer:
         return self.encode(first) + self.encode_inside(later)
 
     def first_bare_token(self, word: str) -> int:
-        """The first token of a word that BPE merges as it stands, not split before; -1 where there is none.
+        """The first token of a word by BPE's merges alone, without cutting it into words first; -1 where there is none.
 
-        It need not be the first that `encode` gives: openai-gpt has a token "i'm", which no text comes to.
+        It need not be the first that `encode` gives: openai-gpt has a token "i'm", which no text is encoded to.
         """
         backend = getattr(self.hf, "backend_tokenizer", None)
-        first = next(iter(backend.model.tokenize(word)), None) if backend else None
-        if first is not None and word.startswith(first.value.removesuffix("</w>")):
-            return first.id
-        if self.hf.unk_token_id is not None:  # a sign that the vocabulary lacks; tokenizers may leave it out
+        for first in backend.model.tokenize(word)[:1] if backend else ():
+            if word.startswith(first.value.removesuffix("</w>")):
+                return first.id
+        if self.hf.unk_token_id is not None:  # for signs that the vocabulary lacks; not every tokenizer has it
             return self.hf.unk_token_id
         (ids,) = self.encode([word])
-        return next(iter(ids), -1)
+        return ids[0] if ids else -1
 
     def decode(self, ids: list[int]) -> str:
         """Text as people write it, without special tokens and control characters."""
@@ -175,19 +168,30 @@ class DialogTokenizer:
         return printable(text)
 
     def _explained(self):
-        """What the library cannot do with a text, by the rules of this tokenizer, is told in one line."""
+        """Tell in one line what the library cannot do with a text by this tokenizer's rules."""
         return explain_errors(f"the tokenizer in {self.hf.name_or_path} fails", "use another, or mend its rules")
 
     def fingerprint(self) -> str:
-        """Changes whenever the ids of some text could change."""
+        """A digest that changes whenever the ids of some text could: a part of the key of the dataset cache."""
         backend = getattr(self.hf, "backend_tokenizer", None)
         rules = backend.to_str() if backend else json.dumps(self.hf.get_vocab(), sort_keys=True)
-        # spaCy's cuts are ours, and stand in no rule of the library's.
+        # The library's rules do not say that spaCy cuts the text first.
         content = f"{self.pre_tokenizer}{rules}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         self.hf.save_pretrained(folder)
+
+
+def use_words_as_they_are(hf) -> None:
+    """Split text at white space only: a tokenizer's own rules would split spaCy's words again (n't into n, ', t).
+
+    A tokenizer that is saved and loaded has its own rules again, so this is done after each load.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    hf.backend_tokenizer.normalizer = normalizers.Sequence([])
+    hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 
 
 # These were made for token types: the paper's method, and the original toolkit's checkpoints. No other base model has
@@ -207,40 +211,45 @@ def load_tokenizer(
         UserError: there is none and no text to learn one from, or it cannot be read, or is not that of the weights.
     """
     base_types = not files.gguf and load_config_dict(files)["model_type"] in WITH_TOKEN_TYPES
-    rules = pre_tokenizer, token_types, base_types
-    if not files.has_tokenizer:
-        if files.weights:  # a vocabulary that is learned would give other words to the rows of their embedding
-            raise UserError(
-                f"{files.folder} holds weights but no tokenizer; copy that of the base model into it "
-                "(tokenizer.json, or vocab.json and merges.txt)"
-            )
-        if texts is None:
-            raise UserError(
-                f"{files.folder} holds no tokenizer; train it first: python train.py --model {files.folder}"
-            )
-        size = load_config_dict(files).get("vocab_size", 8000)
-        if type(size) is not int or not 5 <= size <= 10**6:
-            raise UserError(
-                f"{files.folder}/config.json: vocab_size is {size!r}; expected 5 to 1000000, as a vocabulary is learned"
-            )
-        load_config(files)  # what is wrong with it is told before a vocabulary is learned
-        return DialogTokenizer(learn_bpe(texts, size), *rules)
+    hf = read_tokenizer(files) if files.has_tokenizer else learn_tokenizer(files, texts)
+    return DialogTokenizer(hf, pre_tokenizer, token_types, base_types)
+
+
+def learn_tokenizer(files: ModelFiles, texts: Iterable[str] | None):
+    """A vocabulary for a model that is trained from scratch, of the size that its config.json has."""
+    if files.weights:  # a vocabulary that is learned would give other words to the rows of their embedding
+        raise UserError(f"{files.folder} holds weights but no tokenizer; {COPY_TOKENIZER}")
+    if texts is None:
+        raise UserError(f"{files.folder} holds no tokenizer; train it first: python train.py --model {files.folder}")
+    size = load_config_dict(files).get("vocab_size", 8000)
+    if type(size) is not int or not 5 <= size <= 10**6:
+        raise UserError(
+            f"{files.folder}/config.json: vocab_size is {size!r}; expected 5 to 1000000, as a vocabulary is learned"
+        )
+    load_config(files)  # what is wrong with it is told before a vocabulary is learned
+    return learn_bpe(texts, size)
+
+
+def read_tokenizer(files: ModelFiles):
+    """A model's own tokenizer."""
     from transformers import AutoTokenizer
 
     folder = files.tokenizer_folder
     if not files.gguf:
         source = {"config": load_config(files), **files.openai_vocabulary}
-    else:  # it has no config.json; nor does a GGUF file know the tokens that an adapter's tokenizer has
-        source = {"gguf_file": files.gguf} if folder == files.folder else {}
+    elif folder == files.folder:
+        source = {"gguf_file": files.gguf}
+    else:  # an adapter's, which has tokens that its base's .gguf does not know
+        source = {}
     # transformers raises many types for a tokenizer it cannot read.
     with explain_errors(f"cannot read the tokenizer in {folder}", "expected one of transformers'"):
         check_rules(folder / "tokenizer.json")
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
         hf("Hello, I'm fine!")  # rules that fail with any text are told of here
         check_own_settings(hf.init_kwargs, folder)
-    if not files.gguf:
+    if not files.gguf:  # it has no config.json to compare with
         check_vocabulary(hf, files)
-    return DialogTokenizer(hf, *rules)
+    return hf
 
 
 def check_own_settings(saved: dict, folder: Path) -> None:
@@ -252,9 +261,9 @@ def check_own_settings(saved: dict, folder: Path) -> None:
 
 
 def check_vocabulary(hf, files: ModelFiles) -> None:
-    """Refuse a tokenizer that is not whole: transformers makes one of its settings alone, and says nothing.
+    """Refuse an incomplete tokenizer: where its vocabulary is missing, transformers makes an empty one without a word.
 
-    An embedding may have more rows than there are tokens, but not twice as many.
+    An embedding may have more rows than there are tokens, as some are padded, but not twice as many.
     """
     vocabulary = hf.get_vocab()
     size = len(vocabulary)
@@ -262,12 +271,12 @@ def check_vocabulary(hf, files: ModelFiles) -> None:
     if not 0 <= top < 2 * size + 1000:  # the embedding needs a row for each id up to it
         raise UserError(f"the tokenizer in {files.folder} has an id of {top} for {size} tokens; expected them in a row")
     words = len(vocabulary.keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens))
+    if not words:
+        raise UserError(f"the tokenizer in {files.folder} is empty; {COPY_TOKENIZER}")
     rows = load_config(files).get_text_config().vocab_size if files.weights else 0
-    if not words or 2 * len(hf) < rows:
-        found = f"has {words} tokens for an embedding of {rows}" if words else "is empty"
+    if 2 * len(hf) < rows:
         raise UserError(
-            f"the tokenizer in {files.folder} {found}; copy that of the base model into it "
-            "(tokenizer.json, or vocab.json and merges.txt)"
+            f"the tokenizer in {files.folder} has {words} tokens for an embedding of {rows}; {COPY_TOKENIZER}"
         )
 
 
@@ -291,6 +300,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int):
 
 
 CACHE_VERSION = 4
+CHUNK = 4096  # strings that are tokenised at once
 
 
 def load_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, cache: str, progress: bool = True) -> dict[str, Split]:
@@ -333,11 +343,14 @@ def tokenize_dataset(dialogs: Dialogs, tokenizer: DialogTokenizer, progress: boo
     if not len(arrays["valid.dialogs"]):
         raise UserError(f"the validation split of {dialogs.valid_path or dialogs.name} holds no reply; {FORMATS}")
     tokens = Ragged()
-    strings = iter(progress_bar(numbers, "tokenise", unit=" strings", disable=not progress))
-    # In chunks: the library works on many texts in parallel, and Python's lists of all their ids would fill memory.
-    while chunk := list(islice(strings, 4096)):
-        for ids in tokenizer.encode(chunk):
-            tokens.append(ids)
+    strings = list(numbers)
+    with progress_bar(total=len(strings), desc="tokenise", unit=" strings", disable=not progress) as bar:
+        # The library works on many texts in parallel. Python's lists of the ids of all of them would fill memory.
+        for start in range(0, len(strings), CHUNK):
+            chunk = strings[start : start + CHUNK]
+            for ids in tokenizer.encode(chunk):
+                tokens.append(ids)
+            bar.update(len(chunk))  # not before: the rate is that of the work
     texts = [string.encode("utf-8", "replace") for string in numbers]
     text_offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     return arrays | {
@@ -373,8 +386,7 @@ def number_strings(split: str, dialogs: Iterable[Dialog], numbers: dict[str, int
             lists["candidates"].append(number(utterance.candidates))
             lists["alternatives"].append(number(utterance.alternatives))
     arrays = {f"{split}.dialogs": np.asarray(owners)}
-    for name, column in vars(history).items():
-        arrays[f"{split}.history_{name}"] = np.asarray(column)
+    arrays |= {f"{split}.history_{name}": np.asarray(column) for name, column in vars(history).items()}
     for name, rows in lists.items():
         arrays |= ragged_arrays(rows, f"{split}.{name}")
     return arrays
@@ -391,7 +403,7 @@ def goes_on(history: Sequence[str], before: Sequence[str]) -> bool:
 
 
 def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write a cache file. `read_cache` returns it for the same key alone."""
+    """Write a cache file, which `read_cache` reads for the same key only."""
     from safetensors.numpy import save_file
 
     with whole_files(path.parent, owner=path.name) as unfinished:

@@ -2,12 +2,16 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 import progress
+import utils
+from helpers import CountingTokenizer
 from processes import StopSignal
 from progress import ProgressLines, progress_bar
+from turns import Dialog, Utterance
 
 
 @pytest.fixture
@@ -51,6 +55,28 @@ def test_lines_of_what_goes_on_or_has_no_end(clock, told):
     assert told == ["train: 604 of 1000, 0.1 step/s, 1:06:00 left"]
     items = list(ProgressLines(iter("abc"), "read", unit=" dialogs", clock=clock))
     assert items == list("abc") and told[1:] == ["read: 3"]
+
+
+def test_the_rate_of_tokenising_is_that_of_the_work(clock, told, monkeypatch):
+    """Of 25 strings, ten at a time, each ten in 40 s."""
+    monkeypatch.setattr(utils, "CHUNK", 10)
+    monkeypatch.setattr(
+        utils, "progress_bar", lambda *args, disable, **options: ProgressLines(*args, clock=clock, **options)
+    )
+
+    class SlowTokenizer(CountingTokenizer):
+        def encode(self, texts):
+            clock.now += 40
+            return super().encode(texts)
+
+    dialog = Dialog([str(number) for number in range(24)], [Utterance([], ["hello"])])
+    utils.tokenize_dataset(SimpleNamespace(splits={"train": [], "valid": [dialog]}), SlowTokenizer(), progress=True)
+    lines = [line for line in told if line.startswith("tokenise")]
+    assert lines == [
+        "tokenise: 10 of 25",
+        "tokenise: 20 of 25, 0.25 strings/s, 00:20 left",
+        "tokenise: 25 of 25, 0.188 strings/s",
+    ]
 
 
 def test_a_terminal_has_bars_and_a_log_has_lines(monkeypatch, capsys, told):
