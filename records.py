@@ -79,7 +79,7 @@ class Fields:
 
     def __init__(self, record: dict[str, Any], where: str = "$", notes: Notes | None = None):
         self.record, self.where, self.notes = record, where, notes
-        self.keys = {normal(key): key for key in record}
+        self.keys = {normal(str(key)): key for key in record}  # Python's literals have keys of any type
         self.read: set[str] = set()
 
     def key(self, name: str) -> str | None:

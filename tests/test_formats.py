@@ -98,6 +98,10 @@ ODD = {
     # texts that look like something else
     "an answer that is JSON": (lines({"prompt": "hi", "completion": '{"a": 1}'}), [([], [(["hi"], ['{"a": 1}'], [])])]),
     "an answer that is a list": (lines({"prompt": "[1, 2]", "completion": "[3]"}), [([], [(["[1, 2]"], ["[3]"], [])])]),
+    "a prompt that is Python": (
+        lines({"prompt": "[{1: 2}]", "completion": "hello"}),
+        [([], [(["[{1: 2}]"], ["hello"], [])])],
+    ),
     "numbers": (lines({"instruction": "add", "input": 3, "output": 4}), [([], [(["add\n3"], ["4"], [])])]),
     "a number in a message": (
         lines({"messages": [*chat("role", "content")[:1], {"role": "assistant", "content": 3}]}),
@@ -210,6 +214,7 @@ def test_keys_that_are_not_known_are_named_with_those_that_are(tmp_path):
     [
         ("prompt,completion\na,b\nhi,hello,you\n", "line 3: has more cells than there are columns"),
         (lines({"prompt": ["hi", "a"], "completion": ["hello", "b"]}), "got `array` - at `$.completion`"),
+        (lines({"dialog": "[{1: 'hi'}]"}), "Expected `str`, got `int`"),
     ],
 )
 def test_what_would_be_read_wrong_is_an_error(content, line, tmp_path):
