@@ -283,7 +283,7 @@ class Run:
         valid: Instances,
     ):
         self.settings, self.folder, self.tokenizer = settings, folder, tokenizer
-        self.learner, self.progress, self.train_set, self.valid_set = learner, progress, train, valid
+        self.learner, self.progress, self.valid_set = learner, progress, valid
         self.stop = StopSignal()
 
         rank, world_size = idist.get_rank(), idist.get_world_size()
@@ -300,12 +300,12 @@ class Run:
         self.evaluator = build_evaluator(learner, self.stop)
 
     def save_state(self) -> None:
-        data = self.train_set.n_replies, self.settings.dataset_digest
+        data = self.sampler.size, self.settings.dataset_digest
         save_checkpoint(self.folder, self.learner, self.progress, *data)
 
     def save_state_between_epochs(self) -> None:
         every, progress = self.settings.save_every, self.progress
-        if every and progress.step % every == 0 and progress.done < self.train_set.n_replies:
+        if every and progress.step % every == 0 and progress.done < self.sampler.size:
             self.save_state()
 
     def evaluate_and_save(self) -> None:
@@ -350,7 +350,7 @@ class Run:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self.save_state_between_epochs)
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
 
-            epoch_is_done = progress.done == self.train_set.n_replies
+            epoch_is_done = progress.done == self.sampler.size
             if epoch_is_done if progress.step else (settings.eval_before_start or not settings.n_epochs):
                 self.evaluate_and_save()
             if settings.n_epochs and (progress.epoch < settings.n_epochs or not epoch_is_done):
@@ -423,7 +423,7 @@ def tell_sizes(learner: Learner, train: Instances | DialogRows, valid: Instances
         instances.report_truncation(name)
     all_weights, others = sum(weight.numel() for weight in learner.model.parameters()), idist.get_world_size() - 1
     log.info(
-        f"{all_weights / 1e6:.1f}M parameters, {train.n_replies} training and {len(valid)} validation utterances, "
+        f"{all_weights / 1e6:.1f}M parameters, {train.sizes.sum()} training and {len(valid)} validation utterances, "
         f"{learner.device}" + (f" and {others} more" if others else "")
     )
     if settings.lora:
@@ -455,7 +455,7 @@ def train_run(settings: TrainingSettings, device: torch.device, held: contextlib
     tell_sizes(learner, train, valid, settings)
     manual_seed(settings.seed + idist.get_rank())  # dropout differs between processes
     if saved:
-        restore(newest_checkpoint(folder, learner), learner, progress, train.n_replies, settings)
+        restore(newest_checkpoint(folder, learner), learner, progress, int(train.sizes.sum()), settings)
         log.info(f"going on with {folder} after step {progress.step}, in epoch {progress.epoch}")
     if not folder:
         folder = begin_run(settings, launchers)
