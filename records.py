@@ -354,21 +354,27 @@ def read_pair(fields: Fields) -> Dialog:
     history, prompt, reply = told(fields, "history"), told(fields, asked), told(fields, "reply")
     several = isinstance(reply, list) and len(reply) > 1 and all(message.speaker is None for message in reply)
     if isinstance(prompt, str):
-        # What Alpaca's input and Dolly's context hold is what the instruction is about.
-        about = text_in(fields, "input") if asked == "prompt" else ""
-        context = history if isinstance(history, str) else ""
-        prompt = [Message("user", "\n".join(filter(None, [prompt, about, context])))]
+        about = text_in(fields, "input") if asked == "prompt" else ""  # of Alpaca's
+        prompt = [Message("user", joined_lines(prompt, about))]
     elif several:  # the columns of a table: many prompts, and a reply to each
         typed(fields.get("reply"), str, fields.place("reply"))
     if isinstance(reply, str):
         reply = [Message("assistant", reply)]
     elif several:  # each of them is right
         reply = [Message("assistant", reply[0].text, alternatives=[message.text for message in reply[1:]])]
-    messages = before_reply(prompt if isinstance(history, str) else history + prompt)
+    if isinstance(history, str):  # Dolly's context: what the last message is about
+        *earlier, last = prompt or [Message("user", "")]
+        messages = before_reply([*earlier, last._replace(text=joined_lines(last.text, history))])
+    else:
+        messages = before_reply(history + prompt)
     if messages and messages[-1].text in [message.text for message in reply[:-1]]:
         messages = []  # in preference data, the reply's messages begin with those of the prompt
     messages += [message._replace(speaker=message.speaker or "assistant") for message in reply]
     return dialog_from(persona_in(fields), messages, fields.notes)
+
+
+def joined_lines(*texts: str) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def told(fields: Fields, name: str) -> str | list[Message]:

@@ -148,6 +148,10 @@ ODD = {
         lines({"instruction": "hi", "context": "at sea", "response": "hello"}),
         [([], [(["hi\nat sea"], ["hello"], [])])],
     ),
+    "a context beside messages": (
+        lines({"prompt": chat("role", "content")[:1], "context": "at sea", "completion": "hello"}),
+        [([], [(["hi\nat sea"], ["hello"], [])])],
+    ),
     "preferred messages that hold the prompt": (
         lines({"prompt": "hi", "chosen": chat("role", "content")}),
         [([], [HELLO])],
