@@ -58,6 +58,9 @@ class Prefix(Sequence):
     def __eq__(self, other) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
+    def __repr__(self) -> str:
+        return repr(self[:])
+
 
 class Utterance(msgspec.Struct):
     history: Sequence[str]
