@@ -366,9 +366,7 @@ def main() -> None:
     # spaCy, which openai-gpt's text is cut with, takes half a second to import: while the user reads and types.
     threading.Thread(target=tokenizer.encode, args=(persona,)).start()
     if settings.web:
-        from worker import Bot
-
-        bot = Bot(model_name(settings.model), persona, decoding, max_history, seed, dialogs)
+        bot = web.Bot(model_name(settings.model), persona, decoding, max_history, seed, dialogs)
         web.serve(model, tokenizer, bot, web_settings)
         return
     chat = Conversation(model, tokenizer, persona, decoding, max_history, seed)

@@ -90,6 +90,7 @@ def without_gradio() -> None:
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__spec__ = ModuleSpec(name, None)
     sys.modules["web"].check_address = lambda web: None
+    sys.modules["web"].Bot = lambda *parts: parts
     sys.modules["web"].serve = lambda model, tokenizer, bot, web: print(f"http://{web.host}:{web.port}")
 
 
