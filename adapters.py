@@ -86,7 +86,7 @@ def save_adapter(lm: PreTrainedModel, folder: Path, tokenizer: DialogTokenizer, 
 
 
 def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A model with the adapter in `folder` merged into its weights, in float32 and in place.
+    """A model with the adapter in `folder` merged into its weights, in float32 and in place. It keeps its vocabulary.
 
     Raises:
         UserError: the adapter is damaged, of a kind that cannot be merged, or belongs to another model.
@@ -95,6 +95,7 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft.utils import load_peft_weights
 
     row = torch.arange(8)[None]
+    size = lm.get_input_embeddings().num_embeddings
     try:
         with warnings.catch_warnings(record=True, action="always") as told:
             config = PeftConfig.from_pretrained(str(folder))
@@ -134,6 +135,7 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
             )
     if (merged - expected).norm() > 1e-2 * expected.norm():  # as where layers that it repeats share their weights
         raise UserError(f"the adapter in {folder} computes something else when it is merged; merge it by other means")
+    lm.resize_token_embeddings(size, mean_resizing=False)
     lm.requires_grad_(True)  # peft freezes what it does not train
     lm.choice_head_trained |= any("multiple_choice_head" in name for name in weights)
     return lm

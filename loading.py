@@ -48,7 +48,6 @@ def load_model(
     lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for folder in files.adapters:
         lm = merge_adapter(lm, folder)
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # where the adapter's embedding has other rows
     ids = tokenizer.ids
     special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     for config in (lm.config, lm.config.get_text_config()):

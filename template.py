@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from cli import log
 from inputs import Instances, utterances_shown
+from turns import sides_before_reply
 from utils import DialogTokenizer
 
 # The system message is the persona. As in `inputs.build_prefix`, utterances follow their speaker, and only a last reply
@@ -33,8 +34,8 @@ def chat_template(n_history: int) -> str:
 
 def history_messages(history: list[str]) -> list[dict[str, str]]:
     """A history as messages for a chat template: speakers alternate backwards from the reply, the assistant's."""
-    roles = ("user", "assistant") if len(history) % 2 else ("assistant", "user")
-    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(history)]
+    sides = sides_before_reply(len(history))
+    return [{"role": side, "content": text} for side, text in zip(sides, history, strict=True)]
 
 
 def set_template(tokenizer: DialogTokenizer, instances: Instances) -> None:
