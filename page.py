@@ -192,7 +192,9 @@ class Page:
                 step = Progress([Choice("", None)])
                 while not job.ended:
                     with contextlib.suppress(TimeoutError):
-                        step = await asyncio.wait_for(job.newest(), 1)
+                        # Not `wait_for`: until Python 3.12 it forgets a Stop that comes together with a step.
+                        async with asyncio.timeout(1):
+                            step = await job.newest()
                     changes = {self.chat: [*messages, self.bubble(step, job)]}
                     if job.ended:
                         changes[self.note] = step.warning

@@ -311,6 +311,11 @@ def say(page, text: str) -> str:
     return finished(page, before + 2)
 
 
+def streams(page) -> None:
+    """Wait until the first reply has many words, far from its end. The empty chat's own words are no reply."""
+    page.wait_for_function("document.querySelectorAll('#chat .message-content')[1]?.innerText.length > 60")
+
+
 def finished(page, count: int) -> str:
     """The last of `count` bubbles, once no reply is written any more."""
     shown = "[...document.querySelectorAll('#chat .message-content')]"
@@ -386,7 +391,7 @@ def test_page_fits_a_phone_and_a_closed_page_frees_the_model(endless: str, open_
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     page.locator("#message textarea").fill("talk")
     page.locator("#message textarea").press("Enter")
-    page.wait_for_function("document.querySelector('#chat')?.innerText.length > 60")  # it streams, far from its end
+    streams(page)
     page.get_by_role("button", name="Stop").click()
     finished(page, 2)
     page.locator("#message textarea").fill("talk more")
@@ -402,7 +407,7 @@ def test_what_is_typed_during_a_reply_is_safe(endless: str, open_page) -> None:
     box, width = page.locator("#message textarea"), page.locator("#chat").bounding_box()["width"]
     box.fill("talk")
     box.press("Enter")
-    page.wait_for_function("document.querySelector('#chat')?.innerText.length > 60")
+    streams(page)
     assert box.input_value() == ""
     box.press_sequentially("what is your favourite food ?", delay=40)
     box.press("Enter")
@@ -444,3 +449,19 @@ def test_occupied_port_is_one_line(address: str, dialog_model) -> None:
     assert ended.returncode == 2
     assert re.search(rf"^error: cannot listen at 127.0.0.1:{port}.*--port$", ended.stderr, re.M)
     assert "Traceback" not in ended.stderr
+
+
+def test_an_alternative_is_chosen_and_a_message_is_edited(serve, open_page) -> None:
+    page = open_page(serve("--n_replies", "3", "--max_length", "6", "--temperature", "1.5"))
+    reply = say(page, "hello")
+    options = page.locator("#chat .option")
+    first, second, *_ = (label.split("  (head ")[0].strip() for label in options.all_inner_texts())
+    assert first == reply != second
+    options.nth(1).click()
+    page.get_by_text(second, exact=True).wait_for()
+    assert bubbles(page) == ["hello", second]
+    page.get_by_role("button", name="Edit").first.click()
+    page.locator("#chat textarea").fill("good bye")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_function("document.querySelectorAll('#chat .message-content')[0]?.innerText.trim() == 'good bye'")
+    assert finished(page, 2) and bubbles(page)[0] == "good bye"
