@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from cli import UserError, explain_errors, log, run_script
 from files import typed_path, whole_files
-from messengers import LEFT_OUT, Message, messenger_of, read_export
+from messengers import EXPORTS, LEFT_OUT, Message, messenger_of, read_export
 from options import Parser, Settings, option
 from turns import joined_turns
 
@@ -18,7 +18,7 @@ from turns import joined_turns
 class ConversionSettings(Settings):
     """Options of convert.py."""
 
-    chat: str = option("", "what WhatsApp, Telegram (JSON) or DiscordChatExporter (JSON) exported")
+    chat: str = option("", f"an exported chat: {EXPORTS}")
     me: str = option("", "the name, in the chat, of who the model learns to write as")
     output: str = option("my_chats.jsonl", "the file for the dialogs, as JSON lines")
     pause: float = option(8.0, "hours without a message after which another dialog begins", low=0.0)
@@ -33,12 +33,9 @@ def read_messages(name: str) -> list[Message]:
         text = path.read_text(encoding="utf-8-sig")
     messenger = messenger_of(text[:5000])
     if not messenger:
-        raise UserError(
-            f"{path} is no export that is known here; expected WhatsApp's text, or the JSON of Telegram or "
-            "DiscordChatExporter"
-        )
+        raise UserError(f"{path} is no export that is known here; expected {EXPORTS}")
     expected = f"expected an export of {messenger} as it writes them"
-    with explain_errors(f"cannot read {path}", expected, KeyError, ValueError, TypeError, AttributeError):
+    with explain_errors(f"cannot read {path}", expected, KeyError, ValueError, TypeError, AttributeError, OverflowError):
         messages = [message for message in read_export(messenger, text) if message.text.strip() and message.name]
     kept = [message for message in messages if not LEFT_OUT.match(message.text)]
     log.info(f"{path}: {len(kept)} messages of {messenger}, {len(messages) - len(kept)} left out that hold no text")

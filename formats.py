@@ -121,7 +121,8 @@ def dialogs_in(path: Path, rows: Rows) -> Iterator[Dialog]:
     last, last_name = None, None
     for place, row in rows:
         with reading(place):
-            fields = Fields(row if isinstance(row, dict) else decode(row), notes=notes)
+            record = row if isinstance(row, dict) else decode(row, dict[str, Any] | list[Any])
+            fields = Fields(record if isinstance(record, dict) else {"dialog": record}, notes=notes)
             name = fields.get("id")
             if is_turn(fields):
                 conversations.setdefault(str(name), []).append((fields, place))

@@ -1,9 +1,9 @@
-"""Exports of messengers: WhatsApp's text, Telegram's JSON, Discord's as DiscordChatExporter writes it."""
+"""Exports of messengers: WhatsApp's text; JSON of Telegram, Messenger, Instagram, and of Discord by its exporter."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -24,7 +24,11 @@ WHATSAPP = re.compile(
 )
 # Lines that WhatsApp writes itself begin alike, without a name.
 NOTICE = re.compile(r"^[\u200e\u200f]*\[?\d{1,4}[./-]\d{1,2}[./-]\d{1,4},?\s+\d{1,2}[:.]\d{2}")
-LEFT_OUT = re.compile(r"^\u200e|^<.*>$|^null$|^This message was deleted$|^You deleted this message$", re.IGNORECASE)
+LEFT_OUT = re.compile(
+    r"^\u200e|^<.*>$|^null$|^This message was deleted$|^You deleted this message$"
+    r"|^.{1,60} sent an attachment\.$|^Reacted .{1,20} to your message\s*$|^Liked a message$",
+    re.IGNORECASE,
+)
 
 
 def read_whatsapp(text: str) -> Iterator[Message]:
@@ -67,8 +71,32 @@ def read_discord(export: dict[str, Any]) -> Iterator[Message]:
             yield Message(time, author.get("nickname") or author["name"], message["content"])
 
 
+def read_meta(export: dict[str, Any]) -> Iterator[Message]:
+    """The messages of Messenger and Instagram, which have the newest first. Encrypted chats have keys of their own."""
+    for message in reversed(export["messages"]):
+        name = message.get("sender_name") or message["senderName"]
+        text = message.get("content") or message.get("text") or ""
+        milliseconds = message.get("timestamp_ms") or message["timestamp"]
+        time = datetime.fromtimestamp(milliseconds / 1000, UTC).replace(tzinfo=None)
+        yield Message(time, utf8_text(name), utf8_text(text))
+
+
+def utf8_text(text: str) -> str:
+    """A text of which the export has each byte as a character; any other text as it is."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+# What can be read, for people.
+EXPORTS = "WhatsApp's text, or the JSON of Telegram, Messenger, Instagram or DiscordChatExporter"
 # How the start of each JSON export looks, and its reader.
 JSON_EXPORTS = {
+    "Messenger or Instagram": (
+        re.compile(r'"sender_?name":\s*".*"timestamp|"timestamp.*"sender_?name"', re.I | re.S),
+        read_meta,
+    ),
     "Telegram": (
         re.compile(r'"type":\s*"(personal|bot|private|public|saved)_\w+"|"about":\s*"Here is the data you'),
         read_telegram,

@@ -38,8 +38,8 @@ from turns import (
 KEYS = {
     "persona": "personality persona personas yourpersona botpersona assistantpersona user2personas user2persona "
     "persona2 personab profile",
-    "system": "system systemprompt systemmessage",
-    "turns": "utterances dialog dialogue messages conversations conversation turns chat items "
+    "system": "system systemprompt systemmessage systeminstruction",
+    "turns": "utterances dialog dialogue messages conversations conversation turns chat items contents "
     "bestgeneratedconversation",
     "history": "history context",
     "candidates": "candidates labelcandidates",
@@ -49,7 +49,7 @@ KEYS = {
     "id": "convid conversationid dialogid dialogueid conversationhash sessionid",
     "place": "utteranceidx turnid turnidx turn index",
     "speaker": "role from speaker author sender speakerid speakeridx user",
-    "content": "content value text message utterance",
+    "content": "content value text message utterance parts",
     "weight": "weight train trainable",
     "tool call": "toolcalls functioncall",
     "free": "freemessages",
@@ -60,6 +60,9 @@ KEYS = {
     "all": "all",  # of a file without splits
 }
 SYNONYMS = {name: words.split() for name, words in KEYS.items()}
+# Whose words an object holds under a key that is a side, or a name for what a side says.
+SIDE_OF = ROLE_OF | dict.fromkeys(SYNONYMS["prompt"] + SYNONYMS["input"], "user")
+SIDE_OF |= dict.fromkeys(set(SYNONYMS["reply"]).difference(SYNONYMS["content"]), "assistant")
 UNSPOKEN = re.compile(f"{SILENCE.pattern}|{PERSONA_LINE.pattern}", re.I)  # what a history may hold beside utterances
 NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets nested too deep
 FORMATS = "expected PersonaChat JSON, JSON lines, CSV, parquet or ParlAI text (see 'Data formats' in the README)"
@@ -216,14 +219,21 @@ def lines_of_chat(text: str) -> list[Message]:
 
 
 def flat(items: list) -> list:
-    """Turns in one list, where they are given as [turn, answer] pairs or in lists of lists."""
+    """Turns in one list, where they are given as [turn, answer] pairs, in lists of lists, or as {side: turn}."""
     pairs = [item for item in items if item is not None]
     if all(isinstance(item, list) and len(item) == 2 for item in pairs) and are_speakers([item[0] for item in pairs]):
         return items
     turns = []
     for item in items:
+        if isinstance(item, dict) and item and None not in (sides := sides_of(item)):
+            item = list(zip(sides, item.values(), strict=True))
         turns += item if isinstance(item, list) else [item]
     return turns
+
+
+def sides_of(item: dict[str, Any]) -> list[str | None]:
+    """Who says what an object holds under each key, as in {"human": "hi", "assistant": "hello"}; None: not told."""
+    return [SIDE_OF.get(normal(str(key))) for key in item]
 
 
 def are_speakers(firsts: list) -> bool:
@@ -238,9 +248,9 @@ def message_of(item: Any, where: str, notes: Notes) -> Message:
     """A message from a text, a [speaker, text] pair or an object."""
     if isinstance(item, str):
         return Message(None, item)
-    if isinstance(item, list):
-        speaker, text = typed(item, tuple[str | int, str], where)
-        return Message(str(speaker), text)
+    if isinstance(item, list | tuple):
+        speaker, text = typed(item, tuple[str | int, str | None], where)
+        return Message(str(speaker), text or "")
     return message_in(Fields(typed(item, str | dict[str, Any], where), where, notes))
 
 
@@ -399,6 +409,12 @@ def read_blended(fields: Fields) -> Dialog:
     return dialog_from(persona_in(fields), messages, fields.notes)
 
 
+def read_exchange(fields: Fields) -> Dialog:
+    """What each side says, under a key of its own."""
+    fields.read |= set(fields.record)
+    return dialog_from([], messages_of([fields.record], fields.where, fields.notes), fields.notes)
+
+
 # What a record must hold, and its reader; the first that fits.
 RECORDS = [
     (("free", "guided"), read_blended),
@@ -417,7 +433,8 @@ def reader_of(fields: Fields) -> Callable[[Fields], Dialog] | None:
     for names, reader in RECORDS:
         if fields.has(*names):
             return reader
-    return None
+    sides = sides_of(fields.record)
+    return read_exchange if set(SIDES).issubset(sides) and None not in sides else None
 
 
 def is_turn(fields: Fields) -> bool:

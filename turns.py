@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,6 +166,12 @@ def with_roles(messages: list[Message]) -> list[Message]:
     if names == [None]:  # they alternate, the other person first
         return [message._replace(speaker=SIDES[i % 2]) for i, message in enumerate(messages)]
     roles = roles_of(names)
+    answers = {
+        roles[message.speaker] for message in dropwhile(lambda message: roles[message.speaker] != "user", messages)
+    }
+    if "system" in answers and "assistant" not in roles.values():
+        # Data of tasks, such as bookings, call the bot the system. OpenAI's system messages answer nobody.
+        roles = {name: "assistant" if role == "system" else role for name, role in roles.items()}
     return [message._replace(speaker=roles[message.speaker]) for message in messages]
 
 

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from datetime import datetime
 
 import pytest
 
 import convert
+import messengers
 from cli import UserError
 from dialogs import read_dataset
 
@@ -62,6 +64,37 @@ DISCORD = {
         for time, name, text in SAID
     ],
 }
+
+
+def milliseconds(time: str) -> int:
+    return round(datetime.fromisoformat(f"{time}+00:00").timestamp() * 1000)
+
+
+# The newest first, with UTF-8's bytes as characters; the second as encrypted chats are exported.
+MESSENGER = {
+    "participants": [{"name": "Anna"}, {"name": "Ben"}],
+    "messages": [
+        {
+            "sender_name": "Ben",
+            "timestamp_ms": milliseconds(SAID[-1][0]) + 1,
+            "content": "Reacted \u00f0\u009f\u0098\u0086 to your message ",
+        },
+        *(
+            {"sender_name": name, "timestamp_ms": milliseconds(time), "content": text}
+            for time, name, text in reversed(SAID)
+        ),
+        {"sender_name": "Anna", "timestamp_ms": milliseconds(SAID[0][0]) - 1, "photos": [{"uri": "photos/1.jpg"}]},
+    ],
+    "title": "Ben",
+}
+ENCRYPTED = {
+    "participants": ["Anna", "Ben"],
+    "messages": [
+        {"isUnsent": False, "senderName": name, "text": text, "timestamp": milliseconds(time), "type": "text"}
+        for time, name, text in reversed(SAID)
+    ],
+    "threadName": "Ben_1",
+}
 DIALOGS = [
     [("user", "happy new year: soon!"), ("assistant", "you too where are you?")],
     [("assistant", "hello?"), ("user", "asleep"), ("assistant", "ok")],
@@ -81,8 +114,18 @@ def run(monkeypatch, *options) -> None:
         json.dumps(TELEGRAM, indent=1),
         json.dumps({"about": "Here is the data you requested.", "chats": {"list": [TELEGRAM]}}),
         json.dumps(DISCORD),
+        json.dumps(MESSENGER, indent=2),
+        json.dumps(ENCRYPTED),
     ],
-    ids=["WhatsApp on Android", "WhatsApp on an iPhone", "Telegram", "a Telegram account", "Discord"],
+    ids=[
+        "WhatsApp on Android",
+        "WhatsApp on an iPhone",
+        "Telegram",
+        "a Telegram account",
+        "Discord",
+        "Messenger",
+        "an encrypted chat of Messenger",
+    ],
 )
 def test_what_a_person_wrote_becomes_the_replies_of_a_dataset(export, write, tmp_path, monkeypatch):
     run(monkeypatch, "--chat", write(export), "--me", "Ben", "--output", tmp_path / "chats.jsonl")
@@ -108,7 +151,15 @@ def test_what_cannot_be_converted(export, me, line, write, tmp_path, monkeypatch
     assert not (tmp_path / "chats.jsonl").exists()
 
 
-@pytest.mark.parametrize("export", [ANDROID, IPHONE, json.dumps(TELEGRAM, indent=1), json.dumps(DISCORD)])
+@pytest.mark.parametrize("export", [ANDROID, IPHONE, *map(json.dumps, (TELEGRAM, DISCORD, MESSENGER))])
 def test_an_export_as_a_dataset_is_named_as_what_it_is(export, write):
-    with pytest.raises(UserError, match=r"is an export of (WhatsApp|Telegram|Discord), .*python convert.py --chat"):
+    with pytest.raises(
+        UserError, match=r"is an export of (WhatsApp|Telegram|Discord|Messenger.*), .*python convert.py --chat"
+    ):
         read_dataset(write(export))
+
+
+def test_bytes_that_messenger_writes_as_characters_are_text_again():
+    written = json.loads('"na\\u00c3\\u00afve \\u00f0\\u009f\\u0098\\u0086"')
+    assert messengers.utf8_text(written) == "na\u00efve \U0001f606"
+    assert messengers.utf8_text("na\u00efve \U0001f606") == "na\u00efve \U0001f606"

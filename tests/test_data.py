@@ -173,7 +173,7 @@ GOOD = json_lines(TURNS)
         pytest.param('[]\n{"test": []}', ":", "JSON is malformed: trailing characters", id="more-than-one"),
         pytest.param("{}", ":", "has the keys (none), expected train and valid", id="empty-object"),
         pytest.param('{"train": 3}', ", $.train:", "Expected `array`, got `int`", id="split-not-a-list"),
-        pytest.param("[1]", ", $[0]:", "Expected `object`, got `int`", id="dialog-not-an-object"),
+        pytest.param("[1]", ", $[0]:", "Expected `object | array`, got `int`", id="dialog-not-an-object"),
         pytest.param("[{}]", ", $[0]:", "one of the keys utterances, dialog or messages", id="no-dialog"),
         pytest.param(
             json.dumps({"train": [RECORD], "valid": [RECORD, RECORD | {"personality": 3}]}),
@@ -206,7 +206,7 @@ GOOD = json_lines(TURNS)
             "Input data was truncated",
             id="truncated-line-behind-blank-ones",
         ),
-        pytest.param(GOOD + "[1]\n", ", line 2:", "Expected `object`, got `array`", id="line-not-an-object"),
+        pytest.param(GOOD + "1\n", ", line 2:", "Expected `object | array`, got `int`", id="line-not-an-object"),
         pytest.param(
             '{"personality": ["x"], "lines": ["a", "b"]}\n' + GOOD,
             ", line 1:",

@@ -157,11 +157,43 @@ ODD = {
         [([], [HELLO])],
     ),
     "several answers": (lines({"question": "hi", "answer": ["hello", "hey"]}), [([], [(["hi"], ["hello"], ["hey"])])]),
+    # both sides in one object, dialogs that are lists, sides by other names
+    "objects of both sides": (
+        lines({"conversation": [{"human": "hi", "assistant": "hello"}, {"human": "so ?", "assistant": None}]}),
+        [([], [HELLO])],
+    ),
+    "objects of one side": (lines({"messages": [{"user": "hi"}, {"bot": "hello"}]}), [([], [HELLO])]),
+    "XTuner": (
+        lines({"conversation": [{"system": "i bake.", "input": "hi", "output": "hello"}]}),
+        [(["i bake."], [HELLO])],
+    ),
+    "a record of both sides": (
+        lines({"system": "i bake.", "user": "hi", "assistant": "hello"}),
+        [(["i bake."], [HELLO])],
+    ),
+    "a table of both sides": ("user,assistant\nhi,hello\n", [([], [HELLO])]),
+    "a list of messages for each dialog": (json.dumps([chat("role", "content")] * 2), [([], [HELLO])] * 2),
+    "a list of texts for each dialog": (json.dumps([["hi", "hello"], ["hi"]]), [([], [HELLO]), ([], [])]),
+    "turns of utterances": (lines({"dialog": [{"utterance": "hi"}, {"utterance": "hello"}]}), [([], [HELLO])]),
+    "a system that answers": (
+        lines({"turns": [{"speaker": "USER", "utterance": "hi"}, {"speaker": "SYSTEM", "utterance": "hello"}]}),
+        [([], [HELLO])],
+    ),
+    "a system that begins": (
+        lines({"turns": [["system", "well ?"], ["user", "hi"], ["system", "hello"]]}),
+        [([], [([], ["well ?"], []), (["well ?", "hi"], ["hello"], [])])],
+    ),
+    "Gemini's tuning data": (
+        lines({"systemInstruction": {"role": "system", "parts": [{"text": "i bake."}]},
+               "contents": [{"role": "user", "parts": [{"text": "hi"}]},
+                            {"role": "model", "parts": [{"text": "hello"}]}]}),
+        [(["i bake."], [HELLO])],
+    ),
     "EmpatheticDialogues": (
         "conv_id,utterance_idx,prompt,speaker_idx,utterance\nc,2,sad,2,hello\nc,1,sad,1,hi\n",
         [([], [HELLO])],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "expected"), (READ | ODD).values(), ids=READ | ODD)

@@ -251,7 +251,7 @@ DEEP = "maximum recursion depth exceeded while deserializing an object"
         # long and deep
         ("1" * 5000 + " a\tb\n", ", line 1: expected a line number first, found '11111111111111111111'"),
         ("1 a\tb\n" + "x" * MEGABYTES, f", line 2: expected a line number first, found '{'x' * 20}'"),
-        (GOOD + "[" * MEGABYTES, ", line 2: Expected `object`, got `array`"),
+        (GOOD + "[" * MEGABYTES, f", line 2: {DEEP}"),
         ("[" * MEGABYTES, f": {DEEP}"),
         ('[{"x": ' + "[" * MEGABYTES, f": {DEEP}"),
         (GOOD + '{"x": ' + "[" * MEGABYTES, f", line 2: {DEEP}"),
