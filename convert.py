@@ -35,7 +35,9 @@ def read_messages(name: str) -> list[Message]:
     if not messenger:
         raise UserError(f"{path} is no export that is known here; expected {EXPORTS}")
     expected = f"expected an export of {messenger} as it writes them"
-    with explain_errors(f"cannot read {path}", expected, KeyError, ValueError, TypeError, AttributeError, OverflowError):
+    with explain_errors(
+        f"cannot read {path}", expected, KeyError, ValueError, TypeError, AttributeError, OverflowError
+    ):
         messages = [message for message in read_export(messenger, text) if message.text.strip() and message.name]
     kept = [message for message in messages if not LEFT_OUT.match(message.text)]
     log.info(f"{path}: {len(kept)} messages of {messenger}, {len(messages) - len(kept)} left out that hold no text")

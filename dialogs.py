@@ -38,7 +38,7 @@ def dataset_files(name: str) -> list[tuple[str, Path]]:
     """A dataset's local files, each after the split that its name tells ("" where it tells none).
 
     Args:
-        name: a path, a URL, the id of a dataset on the hub, or "" for PersonaChat.
+        name: the path of a file or a folder, a URL, the id of a dataset on the hub, or "" for PersonaChat.
     """
     if is_url(name or PERSONACHAT_URL):
         instead = "pass --dataset_path a local file" + ("" if name else f", or {PERSONACHAT_ON_HUB} (from the hub)")
@@ -49,7 +49,9 @@ def dataset_files(name: str) -> list[tuple[str, Path]]:
         return fetch_from_hub(f"{found[1]}/{found[2]}", found[3], found[4])
     if not os.path.exists(path):  # pathlib's own raises for names that are too long
         raise UserError(f"no such dataset: {path}; pass --dataset_path a file, a URL or a hub id")
-    if not path.is_file() and not path.is_dir():
+    if path.is_dir():
+        return files_in_folder(path)
+    if not path.is_file():
         path = Path(spooled(path).name, path.name)
     return [("", path)]
 
@@ -80,12 +82,30 @@ def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[
             )
         names = files_of_config(repo, names, config)
         folder = snapshot_download(repo, repo_type="dataset", revision=branch, allow_patterns=names)
-    words = {name: split_in(name) for name in sorted(names)}
-    splits = name_splits(dict.fromkeys(filter(None, words.values())), Path(repo))
+    return files_by_split(Path(folder), names, repo)
+
+
+def files_in_folder(folder: Path) -> list[tuple[str, Path]]:
+    """The files of a folder that holds one for each split, maybe in numbered parts, as datasets of the hub are."""
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if LIKE_A_FILE.search(path.name)]
+    whole = {re.sub(r"\d{4,}(-of-\d+)?", "", name) for name in names}
+    words = list(filter(None, map(split_in, whole)))
+    if len(set(words)) < len(words) or not words and len(whole) != 1:
+        raise UserError(
+            f"the folder {folder} holds {keys_found(sorted(names))}; expected one file for each split, such as "
+            "train.jsonl and valid.jsonl, or pass --dataset_path one of its files"
+        )
+    return files_by_split(folder, names, str(folder))
+
+
+def files_by_split(folder: Path, names: list[str], label: str) -> list[tuple[str, Path]]:
+    """A dataset's files in a folder, each after the split that its name tells. label: of the dataset, for messages."""
+    words = {name: split_in(name) or name for name in sorted(names)}
+    splits = name_splits(dict.fromkeys(words.values()), Path(label))
     if not splits:  # no file's name tells one
-        return [("", Path(folder, name)) for name in words]
+        return [("", folder / name) for name in words]
     split_of = {word: split for split, word in splits.items()}
-    return [(split_of[word], Path(folder, name)) for name, word in words.items() if word in split_of]
+    return [(split_of[word], folder / name) for name, word in words.items() if word in split_of]
 
 
 def files_of_config(repo: str, names: list[str], config: str | None) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 import dialogs
 from cli import UserError
-from dialogs import Dialogs
+from dialogs import Dialogs, read_dataset
 from helpers import DIALOG, TURNS, CountingTokenizer, json_lines, read
 from splits import Ragged, Split, with_distractors
 from turns import Dialog, Message, Utterance, replies_of
@@ -240,10 +240,51 @@ def test_a_wrong_file_is_one_clear_line(content, where, what, write):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("names", "expected", "said"),
+    [
+        (["train.jsonl", "valid.jsonl"], {"train": ["train.jsonl"], "valid": ["valid.jsonl"]}, None),
+        (
+            ["data/dev.json", "data/train.json", "data/train.gz"],
+            None,
+            "holds data/dev.json, data/train.gz, data/train.json;",
+        ),
+        (
+            ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "README.md"],
+            {"train": ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]},
+            None,
+        ),
+        (["chats.jsonl"], {"all": ["chats.jsonl"]}, None),
+        (["a.jsonl", "b.jsonl"], None, "holds a.jsonl, b.jsonl; expected one file for each split"),
+        (["notes.txt", "train.jsonl"], {"train": ["train.jsonl"]}, "notes.txt are not"),
+        (
+            ["test.jsonl", "train.jsonl", "valid.jsonl"],
+            {"train": ["train.jsonl"], "valid": ["valid.jsonl"]},
+            "test are not",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_folder_is_read_where_it_holds_a_file_for_each_split(names, expected, said, tmp_path, caplog):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"dialog": [name, "hello"]}) + "\n")
+    if expected is None:
+        with pytest.raises(UserError, match=re.escape(said)):
+            read_dataset(str(tmp_path))
+        return
+    splits = read_dataset(str(tmp_path))
+    found = {split: [dialog.turns[0] for dialog in dialogs] for split, dialogs in splits.items()}
+    assert found == expected
+    assert (said or "") in caplog.text and bool(said) == bool(caplog.text)
+
+
 def test_a_missing_file_a_folder_and_a_cut_gzip_are_named(tmp_path, write):
     with pytest.raises(UserError, match=re.escape(f"no such dataset: {tmp_path}/absent; pass --dataset_path")):
         read(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match=re.escape(f"cannot read {tmp_path}: Is a directory; expected a whole, ")):
+    with pytest.raises(
+        UserError, match=re.escape(f"the folder {tmp_path} holds (none); expected one file for each split")
+    ):
         read(str(tmp_path))
     path = write(gzip.compress(GOOD.encode() * 9)[:-12])
     with pytest.raises(UserError, match=re.escape(f"cannot read {path}: ")):
@@ -364,7 +405,7 @@ def test_too_little_to_validate_on(content, message, write, tmp_path):
 
 
 def test_what_is_held_out_is_parsed_and_told_once(write, tmp_path, caplog, monkeypatch):
-    parsed, parse = [], dialogs.read_dataset
+    parsed, parse = [], read_dataset
     monkeypatch.setattr(dialogs, "read_dataset", lambda name: parsed.append(name) or parse(name))
     path = write(dialog_lines(20))
     with caplog.at_level(logging.INFO, logger="improvedflend"):
