@@ -17,7 +17,10 @@ from turns import normal, persona_line
 PNG = b"\x89PNG\r\n\x1a\n"
 PERSONA_FILES = "expected a sentence in each line, JSON, a dataset or a character card"
 BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+")
-CARD_KEYS = ("description", "personality", "scenario")
+# Keys of character cards, compared as `normal` has them: the character's name, what is its persona, and the rest.
+CARD_NAMES = ("name", "charname")
+CARD_KEYS = ("description", "personality", "scenario", "charpersona", "worldscenario")
+UNREAD_KEYS = ("firstmes", "mesexample", "systemprompt", "characterbook", "greeting", "chargreeting", "exampledialogue")
 
 
 def read_persona(name: str, option: str) -> list[str]:
@@ -37,12 +40,40 @@ def read_persona(name: str, option: str) -> list[str]:
     elif re.match(r"\s*\d+ (your|partner'?s) persona\s*:", text, re.I):
         sentences = persona_in_dataset(text, source, path)
     else:
-        sentences = [persona_in_line(line.strip()) for line in text.splitlines()]
-        sentences = list(chain.from_iterable(sentences))
+        sentences = persona_in_lines(text, source)
     sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
     if not sentences:
         raise UserError(f"{source} holds no persona; {PERSONA_FILES}")
     return sentences
+
+
+def persona_in_lines(text: str, source: str) -> list[str]:
+    """The sentences in lines of text. YAML's key of what is no persona, such as a greeting, ends at the next key."""
+    sentences, unread, is_read, name = [], [], True, ""
+    for line in text.splitlines():
+        if found := re.match(r"(\w+):\s*(.*)", line):
+            key = normal(found[1])
+            is_read = key not in UNREAD_KEYS
+            if not is_read:
+                unread.append(found[1])
+            elif key in CARD_NAMES:
+                name = unquoted(found[2].strip())
+        if is_read:
+            sentences += persona_in_line(line.strip())
+    say_unread(unread, source)
+    return with_names(sentences, name)
+
+
+def with_names(sentences: list[str], name: str) -> list[str]:
+    """Sentences in which a card's macros for its character and for who talks to it are words."""
+    macros = {"{{char}}": name or "I", "<bot>": name or "I", "{{user}}": "you", "<user>": "you"}
+    pattern = re.compile("|".join(macros), re.I)
+    return [pattern.sub(lambda macro: macros[macro[0].lower()], sentence) for sentence in sentences]
+
+
+def say_unread(keys: list[str], source: str) -> None:
+    if keys:
+        log.info(f"{source}: a character card; not read: {', '.join(keys)}")
 
 
 def persona_in_line(line: str) -> list[str]:
@@ -55,9 +86,10 @@ def persona_in_line(line: str) -> list[str]:
         return [sentence]
     key, colon, value = line.partition(":")
     key, value = normal(key), value.strip()
-    if colon and key == "name" and value:
+    if colon and key in CARD_NAMES and value:
         return [f"My name is {unquoted(value)}."]
-    if not colon or key not in (*SYNONYMS["persona"], *CARD_KEYS):
+    # A card of text-generation-webui calls the persona the context.
+    if not colon or key not in (*SYNONYMS["persona"], *CARD_KEYS, "context"):
         return [unquoted(line)]
     if value in ("", "|", ">", "|-", ">-"):  # the sentences follow on lines of their own
         return []
@@ -82,23 +114,22 @@ def persona_in_json(text: str, source: str, path: Path) -> list[str]:
             nested = any(isinstance(each, list | dict) for each in found)
             return persona_in_dataset(text, source, path) if nested else texts_in(found, "$")
         card = found["data"] if isinstance(found.get("data"), dict) else found
-        if any(isinstance(card.get(key), str) for key in CARD_KEYS):
+        if any(isinstance(value, str) and normal(key) in CARD_KEYS for key, value in card.items()):
             return persona_in_card(card, source)
         return persona_in(Fields(found)) or persona_in_dataset(text, source, path)
 
 
 def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
     """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
-    name = str(typed(card.get("name") or "", str | int | float, "$.name"))
+    keys = {normal(key): key for key in card if card[key]}
+    name_key = next((keys[key] for key in CARD_NAMES if key in keys), "name")
+    name = str(typed(card.get(name_key) or "", str | int | float, f"$.{name_key}"))
     sentences = [f"My name is {name}."] if name else []
     for key in CARD_KEYS:
-        sentences += persona_of(card.get(key) or "", f"$.{key}")
-    unread = [key for key in ("first_mes", "mes_example", "system_prompt", "character_book") if card.get(key)]
-    if unread:
-        log.info(f"{source}: a character card; not read: {', '.join(unread)}")
-    macros = {"{{char}}": name or "I", "<bot>": name or "I", "{{user}}": "you", "<user>": "you"}
-    pattern = re.compile("|".join(macros), re.I)
-    return [pattern.sub(lambda macro: macros[macro[0].lower()], sentence) for sentence in sentences]
+        if key in keys:
+            sentences += persona_of(card[keys[key]], f"$.{keys[key]}")
+    say_unread([keys[key] for key in UNREAD_KEYS if key in keys], source)
+    return with_names(sentences, name)
 
 
 def card_in_png(data: bytes) -> str:

@@ -297,6 +297,22 @@ PERSONAS = {
     "JSON object": (json.dumps({"personality": PERSONA}), PERSONA),
     "Markdown": ("# Bruno\n\n- i bake bread.\n- i live by the sea.\n", PERSONA),
     "YAML": ("personality:\n  - i bake bread.\n  - i live by the sea.\n", PERSONA),
+    "a card in YAML": (
+        "name: Bruno\ngreeting: |-\n  Hi there!\n  I am: Bruno\n"
+        "context: |-\n  {{char}} bakes for {{user}}.\n  i bake bread.\n  i live by the sea.\n",
+        ["My name is Bruno.", "Bruno bakes for you.", *PERSONA],
+    ),
+    "a card in YAML, by other names": (
+        "char_name: Bruno\nexample_dialogue: |\n  You: hi\nchar_persona: i bake bread.\n",
+        ["My name is Bruno.", "i bake bread."],
+    ),
+    "Pygmalion's card": (
+        json.dumps(
+            {"char_name": "Bruno", "char_persona": "i bake bread.", "char_greeting": "hi", "world_scenario": ""}
+        ),
+        ["My name is Bruno.", "i bake bread."],
+    ),
+    "a sentence with a colon": ("i bake two things: bread and rolls.\n", ["i bake two things: bread and rolls."]),
     "ParlAI": ("your persona: i bake bread.\nyour persona: i live by the sea.\n", PERSONA),
     "card": (json.dumps(CARD), ["My name is Bruno.", "kind", "a shop"]),
 }
