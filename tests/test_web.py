@@ -455,7 +455,7 @@ def test_an_alternative_is_chosen_and_a_message_is_edited(serve, open_page) -> N
     page = open_page(serve("--n_replies", "3", "--max_length", "6", "--temperature", "1.5"))
     reply = say(page, "hello")
     options = page.locator("#chat .option")
-    first, second, *_ = (label.split("  (head ")[0].strip() for label in options.all_inner_texts())
+    first, second, *_ = (label.split(" (head ")[0].strip() for label in options.all_inner_texts())
     assert first == reply != second
     options.nth(1).click()
     page.get_by_text(second, exact=True).wait_for()
