@@ -166,10 +166,8 @@ def with_roles(messages: list[Message]) -> list[Message]:
     if names == [None]:  # they alternate, the other person first
         return [message._replace(speaker=SIDES[i % 2]) for i, message in enumerate(messages)]
     roles = roles_of(names)
-    answers = {
-        roles[message.speaker] for message in dropwhile(lambda message: roles[message.speaker] != "user", messages)
-    }
-    if "system" in answers and "assistant" not in roles.values():
+    from_user = dropwhile(lambda speaker: roles[speaker] != "user", (message.speaker for message in messages))
+    if "assistant" not in roles.values() and any(roles[speaker] == "system" for speaker in from_user):
         # Data of tasks, such as bookings, call the bot the system. OpenAI's system messages answer nobody.
         roles = {name: "assistant" if role == "system" else role for name, role in roles.items()}
     return [message._replace(speaker=roles[message.speaker]) for message in messages]
