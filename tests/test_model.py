@@ -435,9 +435,11 @@ def test_folder_with_only_a_config_is_trained_from_scratch(kind, make_model, tmp
     assert model(batch).lm_nll.isfinite().all()
 
 
-def test_gguf_file_is_a_plain_model(tiny, tmp_path, load):
+def test_gguf_file_is_a_plain_model(tiny, tmp_path, load, capfd):
     write_gguf(tmp_path / "llama.gguf", tiny("llama"))
+    capfd.readouterr()
     model, tokenizer = load(tmp_path / "llama.gguf")
+    assert "\r" not in capfd.readouterr().err, "a bar in a log"
     original, original_tokenizer = load(tiny("llama"))
     texts = ["do you like dogs ?", "don't <eos>"]
     assert tokenizer.encode(texts) == original_tokenizer.encode(texts)
