@@ -54,6 +54,9 @@ def run_script(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, of files that it then refuses
+    # A kernel and its buffers are kept for each shape, 1024 of them by default: 6 GB after an hour's training.
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's own
+        os.environ.setdefault(cache, "32")
     gc.set_threshold(200_000)  # importing makes a million objects that stay; looking for garbage among them takes long
     try:
         main()

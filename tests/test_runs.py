@@ -8,10 +8,29 @@ import pytest
 
 import progress
 import utils
-from helpers import CountingTokenizer
+from cpu import cpu_has_bf16
+from helpers import CountingTokenizer, run_python
 from processes import StopSignal
 from progress import ProgressLines, progress_bar
 from turns import Dialog, Utterance
+
+MANY_SHAPES = """
+import torch
+from cli import run_script
+
+def memory():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def main():
+    layer = torch.nn.Linear(512, 512, dtype=torch.bfloat16)
+    for rows in range(1, 1400):
+        layer(torch.ones(rows, 512, dtype=torch.bfloat16)).sum().backward()
+        if rows == 50:
+            before = memory()
+    print(memory() - before)
+
+run_script(main)
+"""
 
 
 @pytest.fixture
@@ -122,3 +141,10 @@ def test_a_launcher_that_is_gone_is_a_stop(monkeypatch):
     assert not stop.asked
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop.asked
+
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="the processor does not compute in bfloat16")
+def test_memory_does_not_grow_with_the_shapes_that_were_seen():
+    """oneDNN, and torch before it, keep a kernel for each shape: of 1,300 of them more than a gigabyte."""
+    ended = run_python("-c", MANY_SHAPES)
+    assert float(ended.stdout) < 400e6, ended.stderr
