@@ -87,7 +87,8 @@ def fetch_from_hub(repo: str, config: str | None, revision: str | None) -> list[
 
 def files_in_folder(folder: Path) -> list[tuple[str, Path]]:
     """The files of a folder that holds one for each split, maybe in numbered parts, as datasets of the hub are."""
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if LIKE_A_FILE.search(path.name)]
+    paths = chain(folder.glob("*"), folder.glob("*/*"))  # no deeper: it may be somebody's whole disk
+    names = [str(path.relative_to(folder)) for path in paths if LIKE_A_FILE.search(path.name) and path.is_file()]
     whole = {re.sub(r"\d{4,}(-of-\d+)?", "", name) for name in names}
     words = list(filter(None, map(split_in, whole)))
     if len(set(words)) < len(words) or not words and len(whole) != 1:
