@@ -17,8 +17,7 @@ from turns import normal, persona_line
 PNG = b"\x89PNG\r\n\x1a\n"
 PERSONA_FILES = "expected a sentence in each line, JSON, a dataset or a character card"
 BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+")
-# Keys of character cards, compared as `normal` has them: the character's name, what is its persona, and the rest.
-CARD_NAMES = ("name", "charname")
+# Keys of character cards, compared as `normal` has them: what is the persona, and the rest.
 CARD_KEYS = ("description", "personality", "scenario", "charpersona", "worldscenario")
 UNREAD_KEYS = ("firstmes", "mesexample", "systemprompt", "characterbook", "greeting", "chargreeting", "exampledialogue")
 
@@ -56,7 +55,7 @@ def persona_in_lines(text: str, source: str) -> list[str]:
             is_read = key not in UNREAD_KEYS
             if not is_read:
                 unread.append(found[1])
-            elif key in CARD_NAMES:
+            elif key in SYNONYMS["character"]:
                 name = unquoted(found[2].strip())
         if is_read:
             sentences += persona_in_line(line.strip())
@@ -86,7 +85,7 @@ def persona_in_line(line: str) -> list[str]:
         return [sentence]
     key, colon, value = line.partition(":")
     key, value = normal(key), value.strip()
-    if colon and key in CARD_NAMES and value:
+    if colon and key in SYNONYMS["character"] and value:
         return [f"My name is {unquoted(value)}."]
     # A card of text-generation-webui calls the persona the context.
     if not colon or key not in (*SYNONYMS["persona"], *CARD_KEYS, "context"):
@@ -121,14 +120,13 @@ def persona_in_json(text: str, source: str, path: Path) -> list[str]:
 
 def persona_in_card(card: dict[str, Any], source: str) -> list[str]:
     """The persona of a character card, version 1, 2 or 3 (https://github.com/malfoyslastname/character-card-spec-v2)."""
-    keys = {normal(key): key for key in card if card[key]}
-    name_key = next((keys[key] for key in CARD_NAMES if key in keys), "name")
-    name = str(typed(card.get(name_key) or "", str | int | float, f"$.{name_key}"))
+    fields = Fields({key: value for key, value in card.items() if value})
+    name = str(typed(fields.get("character", ""), str | int | float, fields.place("character")))
     sentences = [f"My name is {name}."] if name else []
     for key in CARD_KEYS:
-        if key in keys:
-            sentences += persona_of(card[keys[key]], f"$.{keys[key]}")
-    say_unread([keys[key] for key in UNREAD_KEYS if key in keys], source)
+        if key in fields.keys:
+            sentences += persona_of(card[fields.keys[key]], f"$.{fields.keys[key]}")
+    say_unread([fields.keys[key] for key in UNREAD_KEYS if key in fields.keys], source)
     return with_names(sentences, name)
 
 

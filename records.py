@@ -39,6 +39,7 @@ KEYS = {
     "persona": "personality persona personas yourpersona botpersona assistantpersona user2personas user2persona "
     "persona2 personab profile",
     "system": "system systemprompt systemmessage systeminstruction",
+    "character": "name charname",  # who a character card is of
     "turns": "utterances dialog dialogue messages conversations conversation turns chat items contents "
     "bestgeneratedconversation",
     "history": "history context",
@@ -226,7 +227,7 @@ def flat(items: list) -> list:
     turns = []
     for item in items:
         if isinstance(item, dict) and item and None not in (sides := sides_of(item)):
-            item = list(zip(sides, item.values(), strict=True))
+            item = [[side, text] for side, text in zip(sides, item.values(), strict=True)]
         turns += item if isinstance(item, list) else [item]
     return turns
 
@@ -248,7 +249,7 @@ def message_of(item: Any, where: str, notes: Notes) -> Message:
     """A message from a text, a [speaker, text] pair or an object."""
     if isinstance(item, str):
         return Message(None, item)
-    if isinstance(item, list | tuple):
+    if isinstance(item, list):
         speaker, text = typed(item, tuple[str | int, str | None], where)
         return Message(str(speaker), text or "")
     return message_in(Fields(typed(item, str | dict[str, Any], where), where, notes))
